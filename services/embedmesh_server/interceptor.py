@@ -1,0 +1,150 @@
+"""The one boundary between gRPC and our code: errors, metrics, request id, one log line a call."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+
+from embedmesh.errors import EmbedMeshError, InternalError, to_status, trailing_metadata
+from embedmesh_server.metrics import ServerMetrics
+
+__all__ = ["REQUEST_ID_KEY", "Boundary", "deadline_of", "request_id"]
+
+REQUEST_ID_KEY = "x-request-id"
+_LONGEST_REQUEST_ID = 128
+# Not ours to count: probes and reflection would drown the calls that matter.
+_QUIET = ("grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
+
+_request_id: contextvars.ContextVar[str] = contextvars.ContextVar("embedmesh_request_id", default="")
+_log = logging.getLogger(__name__)
+
+
+def request_id() -> str:
+    """Id of the call being served; "" outside of one."""
+    return _request_id.get()
+
+
+def deadline_of(context: grpc.aio.ServicerContext[Any, Any], default_seconds: float) -> float:
+    """When the caller stops waiting, in seconds of the running loop's clock.
+
+    A call without a deadline gets `default_seconds` (`math.inf` for none at all).
+    """
+    left = context.time_remaining()
+    if left is None or left > 365 * 86400:  # gRPC says "never" with a very large number
+        left = default_seconds
+    return asyncio.get_running_loop().time() + left if math.isfinite(left) else math.inf
+
+
+class Boundary(grpc.aio.ServerInterceptor):
+    """Wraps every unary-unary and stream-stream method of our services.
+
+    An `EmbedMeshError` ends the call with its status and trailers. Any other exception ends
+    it with INTERNAL and a request id: its text goes to the log and never to the caller.
+    """
+
+    def __init__(self, metrics: ServerMetrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(  # noqa: D102  (described by the base class)
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(handler_call_details)
+        service, _, method = handler_call_details.method.lstrip("/").partition("/")
+        if handler is None or service in _QUIET:
+            return handler
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        given = str(metadata.get(REQUEST_ID_KEY, ""))
+        call_id = given if 0 < len(given) <= _LONGEST_REQUEST_ID and given.isprintable() else uuid.uuid4().hex
+
+        if handler.unary_unary is not None:
+            unary: Callable[..., Any] = handler.unary_unary
+
+            async def serve_unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+                async with _Call(self._metrics, service, method, call_id, context):
+                    return await unary(request, context)
+
+            return grpc.unary_unary_rpc_method_handler(
+                serve_unary, handler.request_deserializer, handler.response_serializer
+            )
+        if handler.stream_stream is not None:
+            stream: Callable[..., Any] = handler.stream_stream
+
+            async def serve_stream(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+                async with _Call(self._metrics, service, method, call_id, context):
+                    async for response in stream(requests, context):
+                        yield response
+
+            return grpc.stream_stream_rpc_method_handler(
+                serve_stream, handler.request_deserializer, handler.response_serializer
+            )
+        return handler
+
+
+class _Call:
+    """Counts, times, logs and ends one call."""
+
+    def __init__(
+        self,
+        metrics: ServerMetrics,
+        service: str,
+        method: str,
+        call_id: str,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> None:
+        self._metrics, self._service, self._method = metrics, service, method
+        self._id, self._context = call_id, context
+        self._start = 0.0
+
+    async def __aenter__(self) -> None:
+        self._start = time.perf_counter()
+        self._metrics.in_flight.labels(self._service, self._method).inc()
+        _request_id.set(self._id)
+        self._context.set_trailing_metadata(((REQUEST_ID_KEY, self._id),))
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None:
+            self._finish(grpc.StatusCode.OK)
+        elif isinstance(error, EmbedMeshError):
+            self._finish(error.code, error)
+            await self._abort(error)
+        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
+            left = self._context.time_remaining()
+            expired = left is not None and left <= 0
+            self._finish(grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED)
+        elif isinstance(error, Exception):
+            _log.error("unexpected exception", exc_info=error, extra={"request_id": self._id})
+            hidden = InternalError("internal error", metadata={"request_id": self._id})
+            self._finish(hidden.code, hidden)
+            await self._abort(hidden)
+
+    async def _abort(self, error: EmbedMeshError) -> NoReturn:
+        status = to_status(error)
+        await self._context.abort(error.code, error.message, (*trailing_metadata(status), (REQUEST_ID_KEY, self._id)))
+        raise AssertionError("unreachable: abort raises")
+
+    def _finish(self, code: grpc.StatusCode, error: EmbedMeshError | None = None) -> None:
+        seconds = time.perf_counter() - self._start
+        self._metrics.in_flight.labels(self._service, self._method).dec()
+        self._metrics.requests.labels(self._service, self._method, code.name).inc()
+        self._metrics.request_seconds.labels(self._service, self._method).observe(seconds)
+        extra: dict[str, Any] = {
+            "request_id": self._id,
+            "method": f"{self._service}/{self._method}",
+            "code": code.name,
+            "seconds": round(seconds, 6),
+            "peer": self._context.peer(),
+        }
+        if error is not None:
+            extra |= {"reason": error.reason, "detail": error.message}
+        level = logging.DEBUG if code is grpc.StatusCode.OK else logging.INFO
+        _log.log(logging.ERROR if code is grpc.StatusCode.INTERNAL else level, "call", extra=extra)

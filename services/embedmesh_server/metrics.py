@@ -1,0 +1,190 @@
+"""Every metric of the project: names, help, labels, buckets.
+
+The code that measures gets one of these objects through its constructor; the registry
+belongs to the process (or the test) that made it. Names and units follow the Prometheus
+conventions (base units, `_total` on counters, `_seconds`, `_bytes`, `_ratio`).
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+
+__all__ = ["EncoderMetrics", "GatewayMetrics", "ServerMetrics"]
+
+# 0.5 ms (a cache hit) to 60 s (the default deadline), two to three steps a decade.
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+# 1 to 1,024 inputs: powers of two, as batches are thought of.
+INPUTS = tuple(float(2**n) for n in range(11))
+# 16 to 65,536 tokens, patches or frames.
+UNITS = tuple(float(2**n) for n in range(4, 17))
+
+
+class ServerMetrics:
+    """What every process says of its calls and of itself."""
+
+    def __init__(self, registry: CollectorRegistry, role: str) -> None:
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+        Gauge(
+            "embedmesh_build_info",
+            "Version of embedmesh and role of the process.",
+            ["version", "role"],
+            registry=registry,
+        ).labels(version("embedmesh"), role).set(1)
+        self.requests = Counter(
+            "embedmesh_requests", "Calls finished, by gRPC code.", ["service", "method", "code"], registry=registry
+        )
+        self.request_seconds = Histogram(
+            "embedmesh_request_seconds",
+            "Seconds from the arrival of a call to its end.",
+            ["service", "method"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "embedmesh_requests_in_flight", "Calls being served now.", ["service", "method"], registry=registry
+        )
+
+
+class EncoderMetrics:
+    """What an encoder says of its models."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.stage_seconds = Histogram(
+            "embedmesh_encoder_stage_seconds",
+            "Seconds in a stage: prepare (a request's inputs), queue (an input), infer (a batch), finish (a response).",
+            ["model", "stage"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.inputs = Counter(
+            "embedmesh_encoder_inputs",
+            "Inputs answered, by outcome: ok, or the reason of the error.",
+            ["model", "outcome"],
+            registry=registry,
+        )
+        self.batch_inputs = Histogram(
+            "embedmesh_batch_inputs", "Inputs in a batch.", ["model"], buckets=INPUTS, registry=registry
+        )
+        self.batch_cost_units = Histogram(
+            "embedmesh_batch_cost_units",
+            "Units (tokens, patches, frames) a batch makes the model compute, padding included.",
+            ["model"],
+            buckets=UNITS,
+            registry=registry,
+        )
+        self.batch_units = Counter(
+            "embedmesh_batch_units",
+            "Units computed, by kind: real or padding. Padding share = padding / (real + padding).",
+            ["model", "kind"],
+            registry=registry,
+        )
+        self.queue_inputs = Gauge(
+            "embedmesh_queue_inputs", "Inputs waiting for a batch.", ["model", "priority"], registry=registry
+        )
+        self.queue_cost_units = Gauge(
+            "embedmesh_queue_cost_units", "Units waiting for a batch.", ["model"], registry=registry
+        )
+        self.refused_inputs = Counter(
+            "embedmesh_refused_inputs", "Inputs refused because the queue was full.", ["model"], registry=registry
+        )
+        self.dropped_inputs = Counter(
+            "embedmesh_dropped_inputs",
+            "Inputs dropped before inference, by reason: cancelled or expired.",
+            ["model", "reason"],
+            registry=registry,
+        )
+        self.truncated_inputs = Counter(
+            "embedmesh_truncated_inputs", "Inputs of which a part was not read.", ["model"], registry=registry
+        )
+        self.nonfinite_vectors = Counter(
+            "embedmesh_nonfinite_vectors",
+            "Vectors with NaN or infinity, answered with INFERENCE_FAILED.",
+            ["model"],
+            registry=registry,
+        )
+        self.model_info = Gauge(
+            "embedmesh_model_info",
+            "Always 1; the labels describe a model of this node.",
+            ["model", "revision", "space", "modality", "backend", "precision"],
+            registry=registry,
+        )
+        self.model_ready = Gauge(
+            "embedmesh_model_ready", "1 when the model is loaded and warm.", ["model"], registry=registry
+        )
+
+
+class GatewayMetrics:
+    """What the gateway says of routing and cache."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.stage_seconds = Histogram(
+            "embedmesh_gateway_stage_seconds",
+            "Seconds a request spent in a stage: cache_get, upstream, finish, cache_set.",
+            ["stage"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.inputs = Counter(
+            "embedmesh_gateway_inputs",
+            "Inputs answered, by outcome: ok, or the reason of the error.",
+            ["modality", "outcome"],
+            registry=registry,
+        )
+        self.cache_lookups = Counter(
+            "embedmesh_cache_lookups",
+            "Look-ups by tier (memory, redis, inflight) and outcome (hit, miss).",
+            ["tier", "outcome"],
+            registry=registry,
+        )
+        self.cache_errors = Counter(
+            "embedmesh_cache_errors",
+            "Cache operations that failed and were treated as a miss, by operation (get, set) and kind "
+            "(timeout, connection, corrupt, response, dropped).",
+            ["operation", "kind"],
+            registry=registry,
+        )
+        self.cache_breaker_open = Gauge(
+            "embedmesh_cache_breaker_open", "1 while Redis is left alone after failures.", registry=registry
+        )
+        self.cache_memory_bytes = Gauge(
+            "embedmesh_cache_memory_bytes", "Bytes held by the in-process cache.", registry=registry
+        )
+        self.cache_memory_entries = Gauge(
+            "embedmesh_cache_memory_entries", "Vectors held by the in-process cache.", registry=registry
+        )
+        self.cache_evictions = Counter(
+            "embedmesh_cache_evictions", "Vectors pushed out of the in-process cache.", registry=registry
+        )
+        self.upstream_requests = Counter(
+            "embedmesh_upstream_requests", "Calls to encoders, by gRPC code.", ["modality", "code"], registry=registry
+        )
+        self.upstream_inputs = Counter(
+            "embedmesh_upstream_inputs", "Inputs sent to encoders.", ["modality"], registry=registry
+        )
+        self.refused_inputs = Counter(
+            "embedmesh_gateway_refused_inputs", "Inputs refused because the gateway was full.", registry=registry
+        )
+        self.truncated_inputs = Counter(
+            "embedmesh_gateway_truncated_inputs",
+            "Answered inputs of which a part was not read, cached ones included.",
+            ["model"],
+            registry=registry,
+        )
+        self.model_info = Gauge(
+            "embedmesh_gateway_model_info",
+            "Always 1; the labels describe a model behind the gateway.",
+            ["model", "revision", "space", "modality", "family"],
+            registry=registry,
+        )
