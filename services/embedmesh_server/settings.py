@@ -121,8 +121,12 @@ def read(
             name = str(issue["loc"][0]) if issue["loc"] else section
             if issue["type"] == "extra_forbidden":
                 problems.append(f"{name}: no such setting{_suggest(name, settings.model_fields)}")
+                continue
+            text = issue["msg"].removeprefix("Value error, ")
+            text = text[0].lower() + text[1:]
+            if not issue["loc"]:  # of several settings together: showing all of them would show secrets
+                problems.append(text)
             else:
-                text = issue["msg"][0].lower() + issue["msg"][1:]
                 where = f"{_flag(name)} ({env_prefix}{name.upper()}, or {name} in [{section}])"
                 problems.append(f"{where}: {text}, got {issue['input']!r}")
         raise SettingsError(problems) from None

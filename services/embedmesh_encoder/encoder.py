@@ -1,0 +1,317 @@
+"""One served model: inputs in, vectors out, each input with an outcome of its own.
+
+prepare   in a few threads, a slice of time at a turn, so that no request holds up another
+queue     `batcher.py`
+infer     in the batcher's threads: collate, run, pool, normalise, check
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedmesh.errors import (
+    DeadlineExceeded,
+    EmbedMeshError,
+    InferenceFailed,
+    InternalError,
+    NotReady,
+    Overloaded,
+    ServerFault,
+)
+from embedmesh.v1 import embedding_pb2 as pb
+from embedmesh.vectors import l2_norms
+from embedmesh_encoder.backend import Backend
+from embedmesh_encoder.batcher import Batcher, BatchPolicy, Priority
+from embedmesh_encoder.model import ModelError, ModelSpec
+from embedmesh_encoder.preparation import Prepared, Preparer
+from embedmesh_server.interceptor import request_id
+from embedmesh_server.metrics import EncoderMetrics
+
+__all__ = ["Encoded", "Encoder", "EncoderOptions"]
+
+_log = logging.getLogger(__name__)
+
+# How long one request may hold a thread before the next one has its turn.
+_SLICE_SECONDS: Final = 0.005
+# As torch.nn.functional.normalize: divide by max(norm, eps).
+_NORM_FLOOR: Final = np.float32(1e-12)
+
+# A vector, float32 [d], and the norm it was pooled with.
+Row = tuple[NDArray[np.float32], float]
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderOptions:
+    """How one model is served.
+
+    Attributes:
+        batch_cost: See `BatchPolicy.max_cost`.
+        batch_items: See `BatchPolicy.max_items`.
+        aging_seconds: See `BatchPolicy.aging_seconds`.
+        max_queue_cost: Most units that may wait, for each priority; over it requests are refused.
+        lanes: Batches that run at the same time.
+        prepare_threads: Threads that turn inputs into arrays.
+    """
+
+    batch_cost: int = 256
+    batch_items: int = 128
+    aging_seconds: float = 5.0
+    max_queue_cost: int = 65_536
+    lanes: int = 1
+    prepare_threads: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The vector of one input.
+
+    Attributes:
+        vector: float32 [d], as the model's reference library gives it: normalised when
+            `ModelSpec.normalized`, else as pooled. Always finite.
+        norm: L2 norm of the vector as pooled.
+        units: See `Prepared`.
+        original_units: See `Prepared`.
+        truncated: See `Prepared`.
+    """
+
+    vector: NDArray[np.float32] = field(repr=False)
+    norm: float
+    units: int
+    original_units: int
+    truncated: bool
+
+
+class _NotFinite(InferenceFailed):
+    """The model's vector holds NaN or infinity."""
+
+
+class Encoder:
+    """Serves one model. `warm_up` first, `close` last; use it from one event loop."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        preparer: Preparer,
+        backend: Backend,
+        metrics: EncoderMetrics,
+        options: EncoderOptions | None = None,
+    ) -> None:
+        options = options or EncoderOptions()
+        self.spec = spec
+        self.limits = preparer.limits
+        self.ready = False
+        self._preparer = preparer
+        self._backend = backend
+        self._metrics = metrics
+        self._executor = ThreadPoolExecutor(options.prepare_threads, thread_name_prefix=f"prepare-{spec.name}")
+        self._batcher: Batcher[Prepared, Row] = Batcher(
+            self._infer,
+            policy=BatchPolicy(
+                max_cost=options.batch_cost,
+                max_items=options.batch_items,
+                padded=preparer.padded,
+                aging_seconds=options.aging_seconds,
+            ),
+            lanes=options.lanes,
+            max_queue_cost=options.max_queue_cost,
+            metrics=metrics,
+            model=spec.name,
+        )
+        self._prepare_seconds = metrics.stage_seconds.labels(spec.name, "prepare")
+        self._truncated = metrics.truncated_inputs.labels(spec.name)
+        self._nonfinite = metrics.nonfinite_vectors.labels(spec.name)
+        self._ready_gauge = metrics.model_ready.labels(spec.name)
+        metrics.model_info.labels(
+            spec.name, spec.revision, spec.space, spec.modality, backend.name, backend.precision
+        ).set(1)
+
+    def __repr__(self) -> str:
+        return f"<Encoder {self.spec.name}@{self.spec.revision} ready={self.ready} {self._batcher!r}>"
+
+    async def warm_up(self, items: Sequence[Any]) -> None:
+        """Run a few inputs, alone and together, so that the first call is as fast as any and a broken model shows.
+
+        Raises:
+            ModelError: The model cannot embed them.
+        """
+
+        def run() -> None:
+            batch = [self._preparer.prepare(item, pb.TRUNCATION_END) for item in items]
+            for part in (*([prepared] for prepared in batch), batch):
+                for outcome in self._infer(part):
+                    if isinstance(outcome, EmbedMeshError):
+                        raise outcome
+
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._executor, run)
+        except Exception as error:
+            raise ModelError(
+                f'model "{self.spec.name}" in {self.spec.folder} is loaded but cannot embed: {error}'
+            ) from error
+        self.ready = True
+        self._ready_gauge.set(1)
+
+    async def embed(
+        self,
+        items: Sequence[Any],
+        *,
+        truncation: pb.Truncation.ValueType = pb.TRUNCATION_END,
+        priority: Priority = Priority.INTERACTIVE,
+        deadline: float = math.inf,
+    ) -> list[Encoded | EmbedMeshError]:
+        """Embed the inputs of one request; outcomes in order of the inputs.
+
+        Args:
+            items: What the preparer takes, for text `TextItem`; one that is an error already is its own outcome.
+            truncation: What to do with inputs that are too long.
+            priority: Who waits.
+            deadline: When nobody waits any more, absolute seconds of the event loop's clock.
+
+        Cancelling it takes what still waits out of the queue.
+
+        Raises:
+            Overloaded: The queue has no room for this request.
+            NotReady: The node shuts down and made no vector.
+            DeadlineExceeded: The deadline passed and no vector was made.
+        """
+        try:
+            outcomes = await self._embed(items, truncation, priority, deadline)
+            for kind in (DeadlineExceeded, NotReady):
+                # The same for all of them: that is an outcome of the call.
+                if outcomes and all(isinstance(outcome, kind) for outcome in outcomes):
+                    raise outcomes[0]  # type: ignore[misc]  # (isinstance above)
+        except (DeadlineExceeded, NotReady, Overloaded) as error:
+            self._count(error, len(items))
+            raise
+        for index, outcome in enumerate(outcomes):
+            self._finish(index, outcome)
+        return outcomes
+
+    async def close(self, within: float = 0.0) -> bool:
+        """Finish queued work within so many seconds, fail the rest with NotReady, give the model back.
+
+        Returns:
+            False when the backend hangs, in a thread that cannot be ended.
+        """
+        self.ready = False
+        self._ready_gauge.set(0)
+        stopped = await self._batcher.close(within)
+        self._executor.shutdown(wait=False)
+        if stopped:
+            self._backend.close()
+        return stopped
+
+    async def _embed(
+        self, items: Sequence[Any], truncation: pb.Truncation.ValueType, priority: Priority, deadline: float
+    ) -> list[Encoded | EmbedMeshError]:
+        loop = asyncio.get_running_loop()
+        started = time.perf_counter()
+        prepared = await self._prepare(items, truncation, deadline)
+        self._prepare_seconds.observe(time.perf_counter() - started)
+        good = [each for each in prepared if isinstance(each, Prepared)]
+        futures = self._batcher.submit(good, [each.units for each in good], priority=priority, deadline=deadline)
+        try:
+            if futures:
+                left = None if math.isinf(deadline) else deadline - loop.time()
+                await asyncio.wait(futures, timeout=left)
+        finally:
+            # On return all are done, unless the time is up; when the caller left, none is wanted.
+            for future in futures:
+                future.cancel()
+        rows = iter(futures)
+        return [_outcome(each, next(rows)) if isinstance(each, Prepared) else each for each in prepared]
+
+    async def _prepare(
+        self, items: Sequence[Any], truncation: pb.Truncation.ValueType, deadline: float
+    ) -> list[Prepared | EmbedMeshError]:
+        loop = asyncio.get_running_loop()
+        outcomes: list[Prepared | EmbedMeshError] = []
+        while len(outcomes) < len(items):
+            if loop.time() >= deadline:
+                raise DeadlineExceeded("the deadline passed while the inputs were prepared")
+            start = len(outcomes)
+            try:
+                part = await loop.run_in_executor(self._executor, self._prepare_slice, items, start, truncation)
+            except RuntimeError:  # the executor is shut down
+                raise NotReady("the node is shutting down", retry_after=1.0) from None
+            for each in part:
+                if isinstance(each, Prepared | EmbedMeshError):
+                    outcomes.append(each)
+                else:
+                    defect = InternalError("this input could not be prepared")
+                    defect.__cause__ = each
+                    outcomes.append(defect)
+        return outcomes
+
+    def _prepare_slice(
+        self, items: Sequence[Any], start: int, truncation: pb.Truncation.ValueType
+    ) -> list[Prepared | Exception]:
+        """Prepare one input, and then as many as the slice of time allows."""
+        until = time.perf_counter() + _SLICE_SECONDS
+        outcomes: list[Prepared | Exception] = []
+        for index in range(start, len(items)):
+            item = items[index]
+            try:
+                outcomes.append(item if isinstance(item, EmbedMeshError) else self._preparer.prepare(item, truncation))
+            except Exception as error:  # noqa: BLE001  (one bad input never fails its neighbours)
+                outcomes.append(error)
+            if time.perf_counter() >= until:
+                break
+        return outcomes
+
+    def _infer(self, batch: Sequence[Prepared]) -> list[Row | EmbedMeshError]:
+        rows = self._preparer.split(self._backend.run(self._preparer.collate(batch)), batch)
+        expected = (len(batch), self.spec.dimensions)
+        if rows.shape != expected:
+            raise RuntimeError(f"the model gave an array of shape {rows.shape}, expected {expected}")
+        rows = rows.astype(np.float32, copy=False)
+        with np.errstate(all="ignore"):  # what is not finite is an outcome here, not a warning
+            norms = l2_norms(rows)
+            vectors = rows / np.maximum(norms, _NORM_FLOOR)[:, None] if self.spec.normalized else rows
+        # A norm is finite only when every element is.
+        return [
+            (vector, float(norm)) if math.isfinite(norm) else _NotFinite("the vector of this input is not finite")
+            for vector, norm in zip(vectors, norms, strict=True)
+        ]
+
+    def _finish(self, index: int, outcome: Encoded | EmbedMeshError) -> None:
+        """Count one outcome; log what the caller is not told."""
+        self._count(outcome, 1)
+        if isinstance(outcome, Encoded):
+            if outcome.truncated:
+                self._truncated.inc()
+        elif isinstance(outcome, ServerFault):
+            if isinstance(outcome, _NotFinite):
+                self._nonfinite.inc()
+            call = request_id()
+            outcome.metadata["request_id"] = call
+            _log.error(
+                "input failed",
+                exc_info=outcome.__cause__,
+                extra={"request_id": call, "model": self.spec.name, "input": index, "detail": outcome.message},
+            )
+
+    def _count(self, outcome: Encoded | EmbedMeshError, inputs: int) -> None:
+        name = "ok" if isinstance(outcome, Encoded) else outcome.reason or outcome.code.name
+        self._metrics.inputs.labels(self.spec.name, name).inc(inputs)
+
+
+def _outcome(prepared: Prepared, future: asyncio.Future[Row]) -> Encoded | EmbedMeshError:
+    if future.cancelled():
+        return DeadlineExceeded("the deadline passed before this input was embedded")
+    error = future.exception()
+    if error is not None:
+        assert isinstance(error, EmbedMeshError)  # noqa: S101  (the batcher's futures raise nothing else)
+        return error
+    vector, norm = future.result()
+    return Encoded(vector, norm, prepared.units, prepared.original_units, prepared.truncated)

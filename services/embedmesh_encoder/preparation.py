@@ -1,0 +1,58 @@
+"""What a modality must offer between one input and the model's arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedmesh.v1 import embedding_pb2 as pb
+
+__all__ = ["Prepared", "Preparer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One input, ready to be put into a batch.
+
+    Attributes:
+        data: What `Preparer.collate` needs; for text the token ids, int64 [units].
+        units: Units (tokens, patches, frames) the model will read, special tokens included.
+        original_units: Units the whole input would have taken; equals `units` when nothing was
+            cut. A lower bound for inputs many times longer than the model can read.
+        truncated: Whether part of the input is not read.
+    """
+
+    data: Any
+    units: int
+    original_units: int
+    truncated: bool
+
+
+class Preparer(Protocol):
+    """Turns inputs of one modality into a graph's feeds, and its outputs into vectors.
+
+    Attributes:
+        limits: Named limits on one input, as in `ModelInfo.limits`, e.g. `{"text_bytes": 1048576}`.
+        padded: True when every input of a batch costs as much as its longest, so that a batch
+            costs `longest * n` units; False when it costs the sum of its units.
+    """
+
+    limits: Mapping[str, int]
+    padded: bool
+
+    def prepare(self, item: Any, truncation: pb.Truncation.ValueType) -> Prepared:
+        """Turn one input into what the model reads. Blocking and thread-safe.
+
+        Raises:
+            EmbedMeshError: This input alone cannot be embedded.
+        """
+
+    def collate(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
+        """Lay a batch of one or more inputs out as the graph's feeds."""
+
+    def split(self, outputs: Mapping[str, NDArray[Any]], batch: Sequence[Prepared]) -> NDArray[np.float32]:
+        """Take the vectors out of the graph's outputs: float32 [n, d], as pooled, not normalised."""

@@ -1,0 +1,310 @@
+"""The gRPC face of an encoder: the only place that sees protobuf requests.
+
+`EmbedService` is the one path that every modality takes; a servicer per modality only names its
+messages and says how one input is read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Protocol, TypeVar
+
+import grpc
+import numpy as np
+
+from embedmesh.errors import (
+    EmbedMeshError,
+    InputTooLarge,
+    InvalidArgument,
+    InvalidRequest,
+    ModelNotFound,
+    NotReady,
+    UnsupportedOutput,
+    to_status,
+)
+from embedmesh.v1 import catalog_pb2, catalog_pb2_grpc, text_pb2, text_pb2_grpc
+from embedmesh.v1 import embedding_pb2 as pb
+from embedmesh.vectors import DenseOutput, finish_dense
+from embedmesh_encoder.batcher import Priority
+from embedmesh_encoder.encoder import Encoded, Encoder
+from embedmesh_encoder.model import ModelError, ModelSpec
+from embedmesh_encoder.text import TextItem
+from embedmesh_server.interceptor import deadline_of
+from embedmesh_server.metrics import EncoderMetrics
+
+__all__ = ["CATALOG_SERVICE", "TEXT_SERVICE", "EmbedService", "ModelCatalogServicer", "Models", "TextEncoderServicer"]
+
+TEXT_SERVICE: Final[str] = text_pb2.DESCRIPTOR.services_by_name["TextEncoder"].full_name
+CATALOG_SERVICE: Final[str] = catalog_pb2.DESCRIPTOR.services_by_name["ModelCatalog"].full_name
+
+_MODALITIES: Final = {
+    "text": catalog_pb2.MODALITY_TEXT,
+    "image": catalog_pb2.MODALITY_IMAGE,
+    "audio": catalog_pb2.MODALITY_AUDIO,
+}
+_PRIORITIES: Final = {
+    pb.PRIORITY_UNSPECIFIED: Priority.INTERACTIVE,
+    pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
+    pb.PRIORITY_BULK: Priority.BULK,
+}
+
+
+class _Request(Protocol):
+    """What the requests of all modalities have in common, besides `inputs` of a type of its own."""
+
+    model: str
+    truncation: pb.Truncation.ValueType
+    priority: pb.Priority.ValueType
+
+    @property
+    def inputs(self) -> Sequence[Any]: ...
+    @property
+    def output(self) -> pb.OutputOptions: ...
+
+
+class _Response(Protocol):
+    """What the responses of all modalities have in common."""
+
+    @property
+    def models(self) -> Any: ...
+    @property
+    def results(self) -> Any: ...
+    @property
+    def usage(self) -> pb.Usage: ...
+
+
+R = TypeVar("R", bound=_Response)
+
+
+class Models:
+    """The models of a node, loaded or not. The first one answers requests that name none."""
+
+    def __init__(self, specs: Sequence[ModelSpec]) -> None:
+        """Take the models of one modality.
+
+        Raises:
+            ModelError: Two of them have the same name.
+        """
+        self._specs: dict[str, ModelSpec] = {}
+        self._encoders: dict[str, Encoder] = {}
+        for spec in specs:
+            if spec.name in self._specs:
+                raise ModelError(
+                    f'{self._specs[spec.name].folder} and {spec.folder} are both called "{spec.name}": '
+                    "give one of them another name, or serve it from another node"
+                )
+            self._specs[spec.name] = spec
+
+    def __repr__(self) -> str:
+        return f"<Models ready={len(self._encoders)}/{len(self._specs)}>"
+
+    @property
+    def specs(self) -> Sequence[ModelSpec]:
+        """All models, the default first."""
+        return tuple(self._specs.values())
+
+    @property
+    def encoders(self) -> Mapping[str, Encoder]:
+        """The loaded ones by name."""
+        return self._encoders
+
+    def add(self, encoder: Encoder) -> None:
+        """Serve one of the models from now on."""
+        self._encoders[encoder.spec.name] = encoder
+
+    def find(self, wanted: str) -> Encoder:
+        """Give the encoder for "name", "name@revision", or "" for the default.
+
+        Raises:
+            ModelNotFound: No model of this node has that name and revision.
+            NotReady: It is not loaded.
+        """
+        name, _, revision = wanted.partition("@")
+        spec = self._specs.get(name) if wanted else next(iter(self._specs.values()), None)
+        if spec is None or revision not in ("", spec.revision):
+            here = ", ".join(f"{each.name}@{each.revision}" for each in self.specs) or "none"
+            raise ModelNotFound(
+                f'no model "{wanted}" here; there is {here}',
+                field="model",
+                metadata={"model": wanted},
+            )
+        encoder = self._encoders.get(spec.name)
+        if encoder is None:
+            raise NotReady(f'model "{spec.name}" is not loaded', retry_after=1.0, metadata={"model": spec.name})
+        return encoder
+
+
+class EmbedService:
+    """Embeds the inputs of a request of any modality."""
+
+    def __init__(
+        self, models: Models, metrics: EncoderMetrics, *, max_inputs: int, default_timeout_seconds: float = 60.0
+    ) -> None:
+        self._models = models
+        self._metrics = metrics
+        self._max_inputs = max_inputs
+        self._default_timeout = default_timeout_seconds
+
+    async def embed(
+        self,
+        request: _Request,
+        response: R,
+        read: Callable[[Any], Any],
+        content: str,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> R:
+        """Answer a request.
+
+        Args:
+            request: The request.
+            response: An empty response, filled and given back.
+            read: Gives what the model's preparer takes for one of the inputs; raises
+                EmbedMeshError for that input alone.
+            content: Name of the field of an input that an error without a field is about.
+            context: The call.
+
+        Raises:
+            EmbedMeshError: The call as a whole, by the contract.
+        """
+        encoder = self._models.find(request.model)
+        if len(request.inputs) > self._max_inputs:
+            raise InputTooLarge.over("the request", len(request.inputs), self._max_inputs, "inputs", field="inputs")
+        output = _dense_output(request.output, encoder.spec)
+        _known(pb.Truncation, request.truncation, "truncation")
+        _known(pb.Priority, request.priority, "priority")
+
+        outcomes = await encoder.embed(
+            [_read(read, each) for each in request.inputs],
+            truncation=request.truncation,
+            priority=_PRIORITIES[request.priority],
+            deadline=deadline_of(context, self._default_timeout),
+        )
+        started = time.perf_counter()
+        _fill(response, encoder.spec, outcomes, output, content)
+        self._metrics.stage_seconds.labels(encoder.spec.name, "finish").observe(time.perf_counter() - started)
+        return response
+
+
+class TextEncoderServicer(text_pb2_grpc.TextEncoderServicer):
+    """`embedmesh.v1.TextEncoder`."""
+
+    def __init__(self, service: EmbedService) -> None:
+        self._service = service
+
+    async def EmbedText(  # noqa: D102  (described by the contract)
+        self, request: text_pb2.EmbedTextRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> text_pb2.EmbedTextResponse:
+        return await self._service.embed(request, text_pb2.EmbedTextResponse(), _read_text, "text", context)
+
+
+class ModelCatalogServicer(catalog_pb2_grpc.ModelCatalogServicer):
+    """`embedmesh.v1.ModelCatalog`."""
+
+    def __init__(self, models: Models, *, max_inputs: int) -> None:
+        self._models = models
+        self._max_inputs = max_inputs
+
+    async def ListModels(  # noqa: D102  (described by the contract)
+        self, request: catalog_pb2.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> catalog_pb2.ListModelsResponse:
+        del request, context
+        response = catalog_pb2.ListModelsResponse()
+        for index, spec in enumerate(self._models.specs):
+            encoder = self._models.encoders.get(spec.name)
+            response.models.add(
+                model=spec.ref(),
+                family=spec.family,
+                modality=_MODALITIES[spec.modality],
+                kinds=spec.kinds,
+                dimensions=spec.dimensions,
+                truncatable_dimensions=spec.truncatable_dimensions,
+                max_input_units=spec.max_input_units,
+                max_inputs=self._max_inputs,
+                is_default=index == 0,
+                ready=encoder is not None and encoder.ready,
+                normalized=spec.normalized,
+                limits=encoder.limits if encoder else {},
+            )
+        return response
+
+
+def _known(enum: Any, value: int, field: str) -> None:
+    """Refuse a number that this version of the contract does not name."""
+    if value not in enum.values():
+        raise InvalidRequest(f"{field} {value} is unknown to this node", field=field)
+
+
+def _read(read: Callable[[Any], Any], message: Any) -> Any:
+    try:
+        return read(message)
+    except EmbedMeshError as error:
+        return error
+
+
+def _read_text(message: text_pb2.TextInput) -> TextItem:
+    _known(text_pb2.TextRole, message.role, "role")
+    return TextItem(message.text, message.role, message.instruction)
+
+
+def _dense_output(options: pb.OutputOptions, spec: ModelSpec) -> DenseOutput:
+    """Fill the model's defaults in."""
+    for kind in options.kinds:
+        _known(pb.EmbeddingKind, kind, "output.kinds")
+        if kind not in spec.kinds:
+            raise UnsupportedOutput(
+                f'model "{spec.name}" makes no vectors of kind {pb.EmbeddingKind.Name(kind)}',
+                field="output.kinds",
+                metadata={"option": "kinds"},
+            )
+    if options.dimensions not in (0, spec.dimensions, *spec.truncatable_dimensions):
+        offered = ", ".join(map(str, (spec.dimensions, *spec.truncatable_dimensions)))
+        raise UnsupportedOutput(
+            f'model "{spec.name}" makes vectors of {offered} dimensions, not {options.dimensions}',
+            field="output.dimensions",
+            metadata={"option": "dimensions"},
+        )
+    _known(pb.Dtype, options.dtype, "output.dtype")
+    return DenseOutput(
+        dimensions=options.dimensions,
+        normalize=options.normalize if options.HasField("normalize") else spec.normalized,
+        dtype=options.dtype or pb.DTYPE_FLOAT32,
+    )
+
+
+def _fill(
+    response: _Response,
+    spec: ModelSpec,
+    outcomes: Sequence[Encoded | EmbedMeshError],
+    output: DenseOutput,
+    content: str,
+) -> None:
+    """Write results in place: building messages from keywords is several times slower.
+
+    On the event loop, because protobuf keeps the GIL: 0.1 ms for 32 vectors of 384 floats, 0.7 ms for 256.
+    """
+    response.models.append(spec.ref())
+    encoded: list[Encoded] = []
+    tensors: list[pb.Tensor] = []
+    units = 0
+    for i, outcome in enumerate(outcomes):
+        result: pb.EmbedResult = response.results.add()
+        if isinstance(outcome, EmbedMeshError):
+            if isinstance(outcome, InvalidArgument):
+                outcome.field = f"inputs[{i}].{outcome.field or content}"
+            result.error.CopyFrom(to_status(outcome))
+            continue
+        encoded.append(outcome)
+        result.embedding.dense_norm = outcome.norm
+        tensors.append(result.embedding.dense)
+        result.input_units = outcome.units
+        units += outcome.units
+        if outcome.truncated:
+            result.truncated = True
+            result.original_units = outcome.original_units
+    if encoded:
+        rows = np.stack([each.vector for each in encoded])
+        norms = np.array([each.norm for each in encoded], np.float32) if spec.normalized else None
+        finish_dense(rows, norms, output, tensors)
+    response.usage.input_units = units
+    response.usage.failed_inputs = len(outcomes) - len(encoded)

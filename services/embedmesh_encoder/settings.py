@@ -1,0 +1,60 @@
+"""Settings of an encoder process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from embedmesh_server.settings import NodeSettings
+
+__all__ = ["EncoderSettings", "TextSettings"]
+
+
+class EncoderSettings(NodeSettings):
+    """What the encoders of all modalities can be told."""
+
+    model: tuple[Path, ...] = Field(
+        (),
+        validate_default=True,
+        description="Folder of a model (it holds a model.toml). Repeat it to serve several; the first one answers "
+        "requests that name none. Required.",
+    )
+    backend: Literal["auto", "onnxruntime", "fake"] = Field(
+        "auto", description="What runs the models; auto takes what each model was made for."
+    )
+    threads: int = Field(0, ge=0, description="Threads that one batch may use; 0 takes one for each core.")
+    lanes: int = Field(1, ge=1, description="Batches of a model that run at the same time.")
+    batch_cost: int = Field(
+        256, ge=1, description="Most units (tokens, padding included) in a batch; a longer input goes alone."
+    )
+    batch_items: int = Field(128, ge=1, description="Most inputs in a batch.")
+    max_queue_cost: int = Field(
+        65_536,
+        ge=1,
+        description="Most units that wait for a model, interactive and bulk each; over it requests are refused.",
+    )
+    max_inputs: int = Field(256, ge=1, description="Most inputs in one request.")
+    aging_seconds: float = Field(
+        5.0, ge=0, description="Age from which waiting bulk work leads every fourth batch, whatever else waits."
+    )
+    prepare_threads: int = Field(2, ge=1, description="Threads that turn inputs into the model's arrays.")
+
+    @field_validator("model")
+    @classmethod
+    def _some_model(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        if not value:
+            raise PydanticCustomError("no_model", "name the folder of at least one model")
+        return value
+
+
+class TextSettings(EncoderSettings):
+    """Serve text embedding models: EmbedText over gRPC, metrics and health over HTTP."""
+
+    port: int = Field(50051, ge=0, le=65535, description="Port of the gRPC service; 0 takes any free one.")
+    http_port: int = Field(
+        9051, ge=0, le=65535, description="Port of /metrics, /healthz and /readyz; 0 takes any free one."
+    )
+    max_text_bytes: int = Field(1_048_576, ge=1, description="Longest text, in bytes of UTF-8, instruction included.")

@@ -1,0 +1,179 @@
+"""The `Preparer` of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedmesh.errors import InputTooLarge, InvalidRequest
+from embedmesh.v1 import embedding_pb2 as pb
+from embedmesh.v1 import text_pb2
+from embedmesh_encoder.model import ModelError, ModelSpec
+from embedmesh_encoder.pooling import Pooling, pool
+from embedmesh_encoder.preparation import Prepared
+from embedmesh_encoder.text.tokens import WindowedTokenizer
+
+__all__ = ["MAX_TEXT_BYTES", "TextItem", "TextPreparer", "fill_rows"]
+
+MAX_TEXT_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TextItem:
+    """One text to embed.
+
+    Attributes:
+        text: Any Unicode text, the empty one included.
+        role: Chooses the model's own prompt.
+        instruction: Put before the text in place of the role's prompt, unless empty.
+    """
+
+    text: str
+    role: text_pb2.TextRole.ValueType = text_pb2.TEXT_ROLE_UNSPECIFIED
+    instruction: str = ""
+
+
+class TextPreparer:
+    """Tokenises texts and lays them out, packed or padded as the model's graph wants it.
+
+    Packed: texts lie end to end. With `row_width` 0 all of a batch share one row, which is best on
+    a CPU; otherwise they are packed into as few rows of at most `row_width` tokens as first-fit
+    gives. Prepared data are token ids, int64 [units].
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        max_text_bytes: int = MAX_TEXT_BYTES,
+        *,
+        row_width: int = 0,
+        row_multiple: int = 1,
+    ) -> None:
+        """Load the tokenizer.
+
+        Args:
+            spec: A text model.
+            max_text_bytes: Most bytes of UTF-8 of a text and its instruction together.
+            row_width: Most tokens of a packed row (a longer text still gets a row); 0 packs one row.
+            row_multiple: Packed rows are filled up to a multiple of this, for backends that want
+                few shapes.
+
+        Raises:
+            ModelError: The model is not for text, or its tokenizer cannot be used.
+        """
+        if spec.text is None:
+            raise ModelError(f'model "{spec.name}" is for {spec.modality}, not for text')
+        self.limits: Mapping[str, int] = {"text_bytes": max_text_bytes}
+        self.padded = spec.graph.layout == "padded"
+        self._max_units = spec.max_input_units
+        self._tokenizer = WindowedTokenizer(spec.path(spec.text.tokenizer), spec.max_input_units)
+        self._prompts = {
+            text_pb2.TEXT_ROLE_QUERY: spec.text.query_prompt,
+            text_pb2.TEXT_ROLE_DOCUMENT: spec.text.document_prompt,
+        }
+        self._pad_id = spec.text.pad_id
+        self._graph = spec.graph
+        self._row_width = row_width
+        self._row_multiple = row_multiple
+
+    def prepare(self, item: TextItem, truncation: pb.Truncation.ValueType) -> Prepared:
+        """Tokenise one text; equal to the reference library's ids, but see `tokens.py` for the cost.
+
+        Args:
+            item: The text.
+            truncation: START keeps the last tokens, REFUSE cuts nothing, all else keeps the first.
+                A prompt is part of the text: START drops it first.
+
+        Raises:
+            InvalidRequest: The text holds lone surrogates, or nothing that the model can read.
+            InputTooLarge: It has too many bytes, or too many tokens under REFUSE.
+        """
+        text = (item.instruction or self._prompts.get(item.role, "")) + item.text
+        try:
+            size = len(item.instruction.encode()) + len(item.text.encode())
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                f"the text holds a lone surrogate (character {error.start}), which is not Unicode text"
+            ) from None
+        if size > self.limits["text_bytes"]:
+            raise InputTooLarge.over("the text", size, self.limits["text_bytes"], "bytes")
+        tokens = self._tokenizer.encode(text, keep_end=truncation == pb.TRUNCATION_START)
+        if not tokens.ids:
+            raise InvalidRequest("the text holds nothing that this model can read")
+        if tokens.total > self._max_units and truncation == pb.TRUNCATION_REFUSE:
+            count = f"{tokens.total}" if tokens.exact else f"at least {tokens.total}"
+            raise InputTooLarge(
+                f"the text has {count} tokens, the limit is {self._max_units}",
+                metadata={"limit": str(self._max_units), "actual": str(tokens.total), "unit": "tokens"},
+            )
+        ids = np.array(tokens.ids, np.int64)
+        return Prepared(ids, units=len(ids), original_units=tokens.total, truncated=tokens.total > len(ids))
+
+    def collate(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
+        """Lay texts out as int64 feeds; `embedmesh_encoder.model` describes the two layouts."""
+        return self._collate_padded(batch) if self.padded else self._collate_packed(batch)
+
+    def split(self, outputs: Mapping[str, NDArray[Any]], batch: Sequence[Prepared]) -> NDArray[np.float32]:
+        """Give one vector a text: float32 [n, d], as pooled, not normalised."""
+        output = outputs[self._graph.output]
+        if self._graph.pooling == "graph":
+            return output
+        lengths = np.array([prepared.units for prepared in batch], np.int64)
+        return pool(cast("Pooling", self._graph.pooling), output, lengths)
+
+    def _collate_packed(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
+        units = [prepared.units for prepared in batch]
+        rows = fill_rows(units, self._row_width) if self._row_width else [list(range(len(batch)))]
+        longest = max(sum(units[i] for i in row) for row in rows)
+        width = -(-longest // self._row_multiple) * self._row_multiple
+        ids = np.zeros((len(rows), width), np.int64)
+        positions = np.zeros((len(rows), width), np.int64)
+        segments = np.full((len(rows), width), -1, np.int64)
+        for r, row in enumerate(rows):
+            start = 0
+            for i in row:
+                end = start + units[i]
+                ids[r, start:end] = batch[i].data
+                positions[r, start:end] = np.arange(units[i])
+                segments[r, start:end] = i
+                start = end
+        return {"input_ids": ids, "position_ids": positions, "segment_ids": segments}
+
+    def _collate_padded(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
+        lengths = np.array([prepared.units for prepared in batch])
+        shape = (len(batch), int(lengths.max()))
+        ids = np.full(shape, self._pad_id, np.int64)
+        for row, prepared in zip(ids, batch, strict=True):
+            row[: prepared.units] = prepared.data
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": (np.arange(shape[1])[None, :] < lengths[:, None]).astype(np.int64),
+            "token_type_ids": np.zeros(shape, np.int64),
+        }
+        return {name: feeds[name] for name in self._graph.inputs}
+
+
+def fill_rows(units: Sequence[int], width: int) -> list[list[int]]:
+    """Pack texts into rows of at most `width` units by first-fit decreasing; a longer text has its own row.
+
+    First-fit decreasing needs at most 11/9 of the fewest possible rows, plus one (Johnson, 1973).
+
+    Returns:
+        For each row the indices of its texts, ascending.
+    """
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for i in sorted(range(len(units)), key=lambda i: -units[i]):
+        for r, free in enumerate(left):
+            if units[i] <= free:
+                rows[r].append(i)
+                left[r] -= units[i]
+                break
+        else:
+            rows.append([i])
+            left.append(width - units[i])
+    return [sorted(row) for row in rows]

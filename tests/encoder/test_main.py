@@ -1,0 +1,290 @@
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from embedmesh import errors
+from embedmesh.v1 import catalog_pb2, catalog_pb2_grpc, text_pb2, text_pb2_grpc
+from embedmesh_encoder.__main__ import main
+from embedmesh_encoder.backend.fake import write_model
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Process:
+    """`embedmesh-encoder text` as users start it."""
+
+    def __init__(self, folder: Path, *flags: str, **environment: str) -> None:
+        self.ready_file = folder / "ready.json"
+        self.log = folder / "log"
+        command = [sys.executable, "-m", "embedmesh_encoder", "text", "--port", "0", "--http-port", "0"]
+        with self.log.open("wb") as stderr:
+            self.popen = subprocess.Popen(
+                [*command, "--ready-file", str(self.ready_file), *flags],
+                stderr=stderr,
+                env={**os.environ, **environment},
+            )
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        end = time.monotonic() + 30
+        while not (found := condition()):
+            assert time.monotonic() < end, self.log.read_text()
+            time.sleep(0.01)
+        return found
+
+    def ready(self) -> str:
+        self.until(lambda: self.ready_file.exists() or self.popen.poll() is not None)
+        return str(json.loads(self.ready_file.read_text())["grpc"])
+
+    def logged(self, message: str) -> dict[str, Any]:
+        """Wait for a line of the log."""
+
+        def find() -> dict[str, Any] | None:
+            lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.endswith("}")]
+            return next((line for line in lines if line["message"] == message), None)
+
+        found: dict[str, Any] = self.until(find)
+        return found
+
+    def wait(self) -> int:
+        return self.popen.wait(30)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    started: list[Process] = []
+
+    def start(*flags: str, **environment: str) -> Process:
+        process = Process(tmp_path, *flags, **environment)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.popen.kill()
+        process.popen.wait(10)
+
+
+def embed(channel: grpc.Channel | grpc.aio.Channel, *texts: str) -> Any:
+    stub: Any = text_pb2_grpc.TextEncoderStub(channel)
+    inputs = [text_pb2.TextInput(text=text) for text in texts]
+    return stub.EmbedText(text_pb2.EmbedTextRequest(inputs=inputs), timeout=30)
+
+
+async def in_flight(process: Process, channel: grpc.aio.Channel, calls: int) -> list[asyncio.Task[Any]]:
+    """Start calls, and wait until the node serves them all."""
+
+    async def one(number: int) -> Any:
+        return await embed(channel, f"text {number}")
+
+    tasks = [asyncio.create_task(one(number)) for number in range(calls)]
+    while sample(process, "embedmesh_encoder_stage_seconds_count", 'stage="prepare"') < calls:
+        await asyncio.sleep(0.01)
+    return tasks
+
+
+def sample(process: Process, name: str, label: str = "") -> float:
+    """Sum of the samples of a metric that /metrics shows."""
+    address = json.loads(process.ready_file.read_text())["http"]
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{") and label in line)
+
+
+async def test_sigterm_loses_no_call_in_flight(start: Callable[..., Process], tmp_path: Path) -> None:
+    write_model(tmp_path / "model", base_ms=50)
+    process = start("--model", str(tmp_path / "model"), "--batch-items", "2")
+    address = await asyncio.to_thread(process.ready)
+    async with grpc.aio.insecure_channel(address) as channel:
+        tasks = await in_flight(process, channel, 40)
+        assert not all(task.done() for task in tasks)
+        process.popen.send_signal(signal.SIGTERM)
+        responses = await asyncio.gather(*tasks)
+    assert all(response.results[0].HasField("embedding") for response in responses)
+    assert await asyncio.to_thread(process.wait) == 0
+
+
+async def test_a_second_signal_quits_at_once(start: Callable[..., Process], tmp_path: Path) -> None:
+    write_model(tmp_path / "model", base_ms=200)
+    process = start("--model", str(tmp_path / "model"), "--batch-items", "1")
+    address = await asyncio.to_thread(process.ready)
+    async with grpc.aio.insecure_channel(address) as channel:
+        tasks = await in_flight(process, channel, 50)
+        process.popen.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(process.logged, "draining")
+        process.popen.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait) == 128 + signal.SIGTERM
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    failed = [outcome for outcome in outcomes if isinstance(outcome, grpc.aio.AioRpcError)]
+    assert failed
+    assert {error.code() for error in failed} == {grpc.StatusCode.UNAVAILABLE}
+
+
+def test_a_hanging_backend_does_not_keep_the_process(start: Callable[..., Process], tmp_path: Path) -> None:
+    # Serves its warm-up at once, then takes for ever for a long batch.
+    write_model(tmp_path / "model", ms_per_unit=50, max_input_units=4)
+    process = start("--model", str(tmp_path / "model"), "--drain-seconds", "0", "--max-queue-cost", "10000")
+    with grpc.insecure_channel(process.ready()) as channel:
+        call = embed_future(channel, *(["text"] * 60))
+        process.until(lambda: sample(process, "embedmesh_requests_in_flight") == 1)
+        process.until(lambda: sample(process, "embedmesh_queue_inputs") == 0)
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.wait() == 1
+        assert call.code() is not grpc.StatusCode.OK
+    assert process.logged("a batch still runs in the backend, leaving it behind")
+
+
+def embed_future(channel: grpc.Channel, *texts: str) -> Any:
+    stub = text_pb2_grpc.TextEncoderStub(channel)
+    inputs = [text_pb2.TextInput(text=text) for text in texts]
+    return stub.EmbedText.future(text_pb2.EmbedTextRequest(inputs=inputs), timeout=60)
+
+
+def test_probes_are_answered_while_models_load(start: Callable[..., Process], tmp_path: Path) -> None:
+    write_model(tmp_path / "model", base_ms=700)
+    process = start("--model", str(tmp_path / "model"))
+    listening = process.logged("listening")
+    with grpc.insecure_channel(listening["grpc"]) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+
+        def status(service: str) -> int:
+            return int(health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status)
+
+        assert status("embedmesh.v1.TextEncoder") == NOT_SERVING
+        assert status("") == NOT_SERVING
+        assert status("embedmesh.v1.ModelCatalog") == SERVING
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"http://{listening['http']}/readyz", timeout=10)
+        assert caught.value.code == 503
+        caught.value.close()
+        with pytest.raises(grpc.RpcError) as refused:
+            embed(channel, "too early")
+        assert isinstance(errors.from_rpc_error(refused.value), errors.NotReady)
+        assert not process.ready_file.exists()
+        process.ready()
+        assert status("embedmesh.v1.TextEncoder") == SERVING
+        process.until(lambda: status("") == SERVING)
+        assert embed(channel, "now").results[0].HasField("embedding")
+    process.popen.send_signal(signal.SIGINT)
+    assert process.wait() == 0
+
+
+def test_a_signal_while_models_load(start: Callable[..., Process], tmp_path: Path) -> None:
+    write_model(tmp_path / "model", base_ms=300)
+    process = start("--model", str(tmp_path / "model"))
+    process.logged("listening")
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert "Traceback" not in process.log.read_text()
+
+
+def test_a_broken_model_does_not_take_the_others_along(start: Callable[..., Process], tmp_path: Path) -> None:
+    write_model(tmp_path / "broken", name="broken")
+    write_model(tmp_path / "good", name="good")
+    (tmp_path / "broken" / "tokenizer.json").write_text("{}")
+    # One flag, one environment variable that the flag overrides.
+    both = f"{tmp_path / 'broken'},{tmp_path / 'good'}"
+    process = start(EMBEDMESH_TEXT_MODEL=both)
+    with grpc.insecure_channel(process.ready()) as channel:
+        catalog: Any = catalog_pb2_grpc.ModelCatalogStub(channel)
+        models = catalog.ListModels(catalog_pb2.ListModelsRequest(), timeout=10).models
+        assert [(m.model.name, m.ready, m.is_default) for m in models] == [
+            ("broken", False, True),
+            ("good", True, False),
+        ]
+    assert "sha256" in process.log.read_text()
+    assert "Traceback" not in process.log.read_text()
+
+
+def test_no_model_loads(start: Callable[..., Process], tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    process = start("--model", str(tmp_path / "model"))
+    assert process.wait() == 1
+    assert "fetch the model again" in process.log.read_text()
+    assert process.logged("no model could be loaded, giving up")
+    assert "Traceback" not in process.log.read_text()
+
+
+def test_a_taken_port(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "model")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "embedmesh_encoder", "text", "--http-port", "0", "--port", str(port)]
+        done = subprocess.run(
+            [*command, "--model", str(tmp_path / "model")], capture_output=True, text=True, timeout=30, check=False
+        )
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+    assert "embedmesh-encoder text --model" in capsys.readouterr().out
+
+
+def test_help_of_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["text", "--help"])
+    assert left.value.code == 0
+    out = capsys.readouterr().out
+    for words in ("--model", "--batch-cost", "--max-queue-cost", "--lanes", "--threads", "50051", "9051"):
+        assert words in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("embedmesh-encoder 0.")
+
+
+@pytest.mark.parametrize(
+    ("modality", "sentence"),
+    [("image", "later release"), ("audio", "later release"), ("txet", "'txet' is no modality")],
+)
+def test_other_modalities(modality: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([modality, "--model", "x"]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_wrong_settings_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["text", "--batch-cost", "0", "--lanes", "many", "--modle", "x"])
+    assert left.value.code == 2
+    err = capsys.readouterr().err
+    for words in ("--batch-cost", "--lanes", "did you mean --model?", "name the folder of at least one model"):
+        assert words in err
+
+
+def test_wrong_model_folders_are_reported_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = write_model(tmp_path / "picture")
+    manifest = spec.folder / "model.toml"
+    text = manifest.read_text().replace('modality = "text"', 'modality = "image"')
+    manifest.write_text(text[: text.index("[text]")] + text[text.index("[fake]") :])
+    folders = [tmp_path / "nothing", tmp_path, spec.folder]
+    assert main(["text", *(word for folder in folders for word in ("--model", str(folder)))]) == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path / 'nothing'} is not a model folder" in err
+    assert f"{tmp_path} is not a model folder" in err
+    assert "is for image, not for text" in err
+
+
+def test_two_models_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        write_model(tmp_path / name)
+    assert main(["text", "--model", str(tmp_path / "a"), "--model", str(tmp_path / "b")]) == 2
+    assert "are both called" in capsys.readouterr().err

@@ -1,0 +1,237 @@
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedmesh.v1 import embedding_pb2 as pb
+from embedmesh_encoder.model import (
+    GraphSpec,
+    ModelError,
+    ModelSpec,
+    TextSpec,
+    find_models,
+    load_spec,
+    verify_files,
+    write_manifest,
+)
+
+MANIFEST: dict[str, Any] = {
+    "name": "org/tiny-text",
+    "modality": "text",
+    "space": "tiny",
+    "dimensions": 8,
+    "truncatable_dimensions": [2, 4],
+    "normalized": True,
+    "max_input_units": 16,
+    "license": "Apache-2.0",
+    "source": 'made\there, with "quotes", \x7f and 😀',
+    "backend": "onnxruntime",
+    "graph": {"file": "onnx/model.onnx", "layout": "packed"},
+    "text": {"tokenizer": "tokenizer.json", "prompts": {"query": "query: "}},
+}
+Write = Callable[..., ModelSpec]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(changes: Mapping[str, Any] | None = None, content: bytes = b"weights") -> ModelSpec:
+        (tmp_path / "onnx").mkdir(exist_ok=True)
+        (tmp_path / "onnx/model.onnx").write_bytes(content)
+        (tmp_path / "tokenizer.json").write_bytes(b"{}")
+        manifest = {**MANIFEST, **(changes or {})}
+        return write_manifest(tmp_path, manifest, ["onnx/model.onnx", "tokenizer.json"])
+
+    return write
+
+
+def edit(folder: Path, old: str, new: str) -> None:
+    manifest = folder / "model.toml"
+    text = manifest.read_text()
+    assert old in text
+    manifest.write_text(text.replace(old, new))
+
+
+def test_what_was_written_is_read(write: Write, tmp_path: Path) -> None:
+    spec = write()
+    assert spec.folder == tmp_path
+    assert (spec.name, spec.family, spec.space, spec.modality) == ("org/tiny-text", "org/tiny-text", "tiny", "text")
+    assert spec.kinds == (pb.EMBEDDING_KIND_DENSE,)
+    assert (spec.dimensions, spec.truncatable_dimensions, spec.max_input_units) == (8, (4, 2), 16)
+    assert spec.normalized
+    assert spec.source == MANIFEST["source"]
+    assert (spec.backend, spec.precision, spec.fake) == ("onnxruntime", "float32", None)
+    packed = ("input_ids", "position_ids", "segment_ids")
+    assert spec.graph == GraphSpec("onnx/model.onnx", "packed", packed, "sentence_embedding", "graph")
+    assert spec.text == TextSpec("tokenizer.json", 0, "query: ", "")
+    assert spec.ref() == pb.ModelRef(name="org/tiny-text", revision=spec.revision, space="tiny")
+    verify_files(spec)
+
+
+def test_padded_graphs_have_defaults_and_pooling(write: Write) -> None:
+    spec = write({"graph": {"file": "onnx/model.onnx", "layout": "padded", "pooling": "mean"}})
+    assert spec.graph == GraphSpec(
+        "onnx/model.onnx", "padded", ("input_ids", "attention_mask"), "last_hidden_state", "mean"
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_input_units": 17},
+        {"normalized": False},
+        {"text": {"tokenizer": "tokenizer.json", "prompts": {"query": "question: "}}},
+        {"text": {"tokenizer": "tokenizer.json", "prompts": {"query": "query: ", "document": "passage: "}}},
+        {"graph": {"file": "onnx/model.onnx", "layout": "padded", "pooling": "cls"}},
+        {"graph": {"file": "onnx/model.onnx", "layout": "packed", "output": "other"}},
+        {"backend": "fake", "graph": {"layout": "packed"}},
+        {"backend": "fake", "graph": {"layout": "packed"}, "fake": {"seed": 1}},
+    ],
+)
+def test_the_revision_changes_with_all_that_changes_a_vector(write: Write, changes: dict[str, Any]) -> None:
+    before = write().revision
+    assert len(before) == 16
+    assert write(changes).revision != before
+
+
+def test_the_revision_changes_with_the_weights(write: Write) -> None:
+    assert write().revision != write(content=b"other weights").revision
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "renamed", "family": "towers", "space": "moved"},
+        {"license": "MIT", "source": "elsewhere"},
+        {"truncatable_dimensions": []},
+    ],
+)
+def test_the_revision_ignores_names(write: Write, changes: dict[str, Any]) -> None:
+    assert write().revision == write(changes).revision
+
+
+def test_the_revision_ignores_the_fakes_speed(write: Write) -> None:
+    fake = {"backend": "fake", "graph": {"layout": "packed"}}
+    assert write(fake).revision == write({**fake, "fake": {"base_ms": 5}}).revision
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dimensions": "8"}, 'dimensions must be a whole number above 0, got "8"'),
+        ({"dimensions": True}, "dimensions must be a whole number above 0, got true"),
+        ({"name": "a@b"}, 'name must be a name of letters, digits and . _ - /, got "a@b"'),
+        ({"normalized": "yes"}, 'normalized must be true or false, got "yes"'),
+        ({"modality": "video"}, 'modality must be "text" or "image" or "audio", got "video"'),
+        ({"backend": "tensorflow"}, 'backend must be "onnxruntime" or "fake", got "tensorflow"'),
+        ({"precision": "int4"}, 'precision must be "float32", got "int4"'),
+        ({"kinds": ["dense", "sparse"]}, "kinds must be a list of dense"),
+        ({"kinds": []}, "kinds must not be empty"),
+        ({"truncatable_dimensions": [4, 8]}, "must all be smaller than dimensions (8), got [4, 8]"),
+        ({"truncatable_dimensions": 4}, "truncatable_dimensions must be a list of whole numbers, got 4"),
+        ({"license": 2}, "license must be a string, got 2"),
+        ({"normalised": True}, "normalised is unknown, did you mean normalized?"),
+        ({"colour": "red"}, "colour is unknown"),
+        ({"graph": "model.onnx"}, "graph must be a table"),
+        (
+            {"graph": {"file": "onnx/model.onnx", "layout": "packed", "pooling": "mean"}},
+            'graph.pooling must be "graph" when the layout is "packed"',
+        ),
+        ({"graph": {"file": "onnx/model.onnx", "layout": "padded", "inputs": ["ids"]}}, "graph.inputs must be a list"),
+        ({"graph": {"file": "other.onnx", "layout": "packed"}}, 'names "other.onnx", which is not listed in [files]'),
+        ({"graph": {"layout": "packed"}}, "graph.file is missing"),
+        ({"text": {"tokeniser": "tokenizer.json"}}, "text.tokeniser is unknown, did you mean tokenizer?"),
+        ({"text": {"tokenizer": "tokenizer.json", "pad_id": -1}}, "text.pad_id must be a whole number, 0 or above"),
+        ({"text": {"tokenizer": "tokenizer.json", "prompts": {"querry": ""}}}, "did you mean query?"),
+        ({"fake": {"base_ms": 1}}, "fake is unknown"),
+        (
+            {"backend": "fake", "graph": {"layout": "packed"}, "fake": {"base_ms": -1}},
+            "fake.base_ms must be a number of milliseconds, 0 or above, got -1",
+        ),
+        (
+            {"backend": "fake", "graph": {"layout": "padded"}},
+            'graph.layout must be "packed" when the backend is "fake"',
+        ),
+    ],
+)
+def test_a_mistake_is_named(write: Write, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        write(changes)
+    assert message in str(caught.value)
+
+
+def test_several_mistakes_are_reported_together(write: Write, tmp_path: Path) -> None:
+    write()
+    edit(tmp_path, "format = 1", "format = 9")
+    edit(tmp_path, 'space = "tiny"', "")
+    edit(tmp_path, "normalized", "normalised")
+    with pytest.raises(ModelError) as caught:
+        load_spec(tmp_path)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{tmp_path / 'model.toml'} has 4 problems:"
+    assert "  - format must be 1, got 9" in lines
+    assert "  - space is missing" in lines
+    assert "  - normalized is missing" in lines
+    assert "  - normalised is unknown, did you mean normalized?" in lines
+
+
+def test_a_folder_without_manifest_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"is not a model folder: it has no model\.toml"):
+        load_spec(tmp_path)
+    with pytest.raises(ModelError, match="is not a model folder"):
+        load_spec(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", [b"name = ", b"\xff\xfe"])
+def test_a_manifest_that_is_no_toml_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.toml").write_bytes(content)
+    with pytest.raises(ModelError, match=r"cannot read .*model\.toml"):
+        load_spec(tmp_path)
+
+
+def test_files_are_listed_with_hashes(write: Write, tmp_path: Path) -> None:
+    write()
+    text = (tmp_path / "model.toml").read_text()
+    digest = tomllib.loads(text)["files"]["tokenizer.json"]
+    edit(tmp_path, digest, "abc")
+    with pytest.raises(ModelError, match=r"files\.tokenizer\.json must be a sha256 in hexadecimal"):
+        load_spec(tmp_path)
+    (tmp_path / "model.toml").write_text(text.split("[files]")[0])
+    with pytest.raises(ModelError, match="files is missing: list every file"):
+        load_spec(tmp_path)
+
+
+def test_missing_and_changed_files_are_found(write: Write, tmp_path: Path) -> None:
+    spec = write()
+    (tmp_path / "onnx/model.onnx").write_bytes(b"changed")
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ModelError) as caught:
+        verify_files(spec)
+    assert 'file "onnx/model.onnx" has sha256 ' in str(caught.value)
+    assert 'file "tokenizer.json" cannot be read: No such file' in str(caught.value)
+    with pytest.raises(ModelError, match=r'file "tokenizer\.json" is missing'):
+        load_spec(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["../secret", "/etc/hostname", "link"])
+def test_paths_may_not_leave_the_folder(write: Write, tmp_path: Path, path: str) -> None:
+    write()
+    (tmp_path / "link").symlink_to("/etc/hostname")
+    edit(tmp_path, '"tokenizer.json" =', f'"{path}" =')
+    with pytest.raises(ModelError) as caught:
+        load_spec(tmp_path)
+    assert f'file "{path}" is outside of the model\'s folder' in str(caught.value)
+
+
+def test_models_are_found_in_folders(write: Write, tmp_path: Path) -> None:
+    spec = write()
+    broken = tmp_path / "a-broken-one"
+    broken.mkdir()
+    (broken / "model.toml").write_text("format = 1")
+    found = find_models([tmp_path, tmp_path / "nowhere"])
+    assert list(found) == [broken, tmp_path]
+    assert found[tmp_path] == spec
+    assert isinstance(found[broken], ModelError)
+    assert tmp_path in find_models([tmp_path.parent])
+    assert broken not in find_models([tmp_path.parent])
