@@ -25,15 +25,13 @@ and reasons are listed in `embedmesh/v1/errors.proto`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf import duration_pb2
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = [
     "DeadlineExceeded",

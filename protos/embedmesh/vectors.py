@@ -27,9 +27,11 @@ _NUMPY: Final[dict[int, np.dtype[Any]]] = {
     pb.DTYPE_UINT8: np.dtype("u1"),
     pb.DTYPE_UINT32: np.dtype("<u4"),
 }
-_WIRE: Final[dict[np.dtype[Any], pb.Dtype.ValueType]] = {dtype: pb.Dtype.ValueType(code) for code, dtype in _NUMPY.items()}
+_WIRE: Final[dict[np.dtype[Any], int]] = {dtype: code for code, dtype in _NUMPY.items()}
 # Torch's and sentence-transformers' normalize divide by max(norm, 1e-12).
 _NORM_FLOOR: Final = np.float32(1e-12)
+# Beyond it binary16 is infinite, and vectors that are not finite never leave.
+_FLOAT16_MAX: Final = np.float32(65504)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +94,15 @@ def dequantize(tensor: pb.Tensor) -> Float32:
 def encode_into(tensor: pb.Tensor, array: NDArray[Any]) -> None:
     """Write an array into an (empty) tensor message, in place: several times faster than building one."""
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    tensor.dtype = _WIRE[little.dtype]
+    tensor.dtype = pb.Dtype.ValueType(_WIRE[little.dtype])
     tensor.shape.extend(array.shape)
     tensor.data = little.tobytes()
 
 
 def l2_norms(rows: Float32) -> Float32:
     """L2 norms of `rows` [n, d], shape [n]."""
-    return np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    norms: Float32 = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    return norms
 
 
 def finish_dense(rows: Float32, norms: Float32 | None, output: DenseOutput, out: list[pb.Tensor]) -> None:
@@ -114,25 +117,27 @@ def finish_dense(rows: Float32, norms: Float32 | None, output: DenseOutput, out:
 
     Normalisation divides by max(norm, 1e-12), as `torch.nn.functional.normalize` does. INT8
     is symmetric per vector with scale max(|x|)/127; BINARY is `numpy.packbits(x > 0)`, as
-    `sentence_transformers.quantize_embeddings(precision="ubinary")`.
+    `sentence_transformers.quantize_embeddings(precision="ubinary")`; FLOAT16 saturates at 65504.
     """
     cut = 0 < output.dimensions < rows.shape[1]
     if cut:
         rows = rows[:, : output.dimensions]
     if output.normalize:
         if cut or norms is None:
-            rows = rows / np.maximum(l2_norms(rows), _NORM_FLOOR)[:, None]
+            rows = (rows / np.maximum(l2_norms(rows), _NORM_FLOOR)[:, None]).astype(np.float32, copy=False)
     elif norms is not None:
         rows = rows * norms[:, None]
     width = rows.shape[1]
     scales: Float32 | None = None
     if output.dtype == pb.DTYPE_INT8:
-        scales = np.abs(rows).max(axis=1).astype(np.float32) / np.float32(127)
+        scales = (np.abs(rows).max(axis=1) / 127).astype(np.float32)
         packed: NDArray[Any] = np.rint(rows / np.where(scales > 0, scales, 1)[:, None]).astype(np.int8)
     elif output.dtype == pb.DTYPE_BINARY:
         packed = np.packbits(rows > 0, axis=1)
+    elif output.dtype == pb.DTYPE_FLOAT16:
+        packed = rows.clip(-_FLOAT16_MAX, _FLOAT16_MAX).astype("<f2")
     else:
-        packed = rows.astype(_NUMPY[output.dtype], copy=False)
+        packed = rows.astype("<f4", copy=False)
     data = np.ascontiguousarray(packed).tobytes()
     stride = len(data) // len(out) if out else 0
     for i, tensor in enumerate(out):

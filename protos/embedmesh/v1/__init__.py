@@ -1,0 +1,1 @@
+"""Stubs of the contract `embedmesh.v1`, generated from the .proto files next to them (`make proto`)."""

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ModelCatalogStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Says what a node offers, so that callers need not know a mesh by heart.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -42,7 +43,8 @@ class ModelCatalogStub(object):
 
 
 class ModelCatalogServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Says what a node offers, so that callers need not know a mesh by heart.
+    """
 
     def ListModels(self, request, context):
         """Lists all models of the node, the not yet ready ones too.
@@ -68,7 +70,8 @@ def add_ModelCatalogServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelCatalog(object):
-    """Missing associated documentation comment in .proto file."""
+    """Says what a node offers, so that callers need not know a mesh by heart.
+    """
 
     @staticmethod
     def ListModels(request,

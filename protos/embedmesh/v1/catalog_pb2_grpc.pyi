@@ -29,6 +29,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelCatalogStub:
+    """Says what a node offers, so that callers need not know a mesh by heart."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
@@ -38,11 +40,15 @@ class ModelCatalogStub:
 
 @_typing.type_check_only
 class ModelCatalogAsyncStub(ModelCatalogStub):
+    """Says what a node offers, so that callers need not know a mesh by heart."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_catalog_pb2.ListModelsRequest, _catalog_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists all models of the node, the not yet ready ones too."""
 
 class ModelCatalogServicer(metaclass=_abc_1.ABCMeta):
+    """Says what a node offers, so that callers need not know a mesh by heart."""
+
     @_abc_1.abstractmethod
     def ListModels(
         self,
