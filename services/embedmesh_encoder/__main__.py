@@ -138,7 +138,9 @@ async def _serve(settings: TextSettings, models: Models) -> tuple[int, bool]:
     if running.done():
         loading.cancel()
     elif loading.result():
-        node.set_ready(TEXT_SERVICE, True)
+        watching = asyncio.create_task(_watch(node, models, settings.stall_seconds))
+        await asyncio.wait((running,))
+        watching.cancel()
     else:
         _log.error("no model could be loaded, giving up")
         status = _FAILED
@@ -147,6 +149,21 @@ async def _serve(settings: TextSettings, models: Models) -> tuple[int, bool]:
     await asyncio.gather(running, loading, return_exceptions=True)
     stopped = [await encoder.close(_CLOSE_SECONDS) for encoder in models.encoders.values()]
     return status, not all(stopped)
+
+
+async def _watch(node: Node, models: Models, stall_seconds: float) -> None:
+    """Keep health honest: a node with a model whose backend hangs must get no more calls."""
+    healthy = False
+    while True:
+        stalled = [name for name, encoder in models.encoders.items() if encoder.stalled_seconds >= stall_seconds]
+        if healthy is bool(stalled):
+            healthy = not stalled
+            node.set_ready(TEXT_SERVICE, healthy)
+            if stalled:
+                _log.error(
+                    "no batch ended for %s s, not serving until one does", stall_seconds, extra={"models": stalled}
+                )
+        await asyncio.sleep(min(1.0, stall_seconds / 4))
 
 
 async def _load_all(settings: TextSettings, models: Models, metrics: EncoderMetrics) -> bool:

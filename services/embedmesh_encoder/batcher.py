@@ -274,7 +274,8 @@ class Batcher(Generic[T, R]):
         self._max_queue_cost = max_queue_cost
         self._executor = ThreadPoolExecutor(lanes, thread_name_prefix=f"infer-{model}")
         self._queue: PendingQueue[T, R] = PendingQueue()
-        self._running: set[asyncio.Task[None]] = set()
+        # The batches in the lanes, and when each began.
+        self._running: dict[asyncio.Task[None], float] = {}
         self._pump_due = False
         self._closing = False
         self._idle = asyncio.Event()
@@ -297,6 +298,13 @@ class Batcher(Generic[T, R]):
     def __repr__(self) -> str:
         closed = " closed" if self._closing else ""
         return f"<Batcher queued={len(self._queue)} running={len(self._running)}/{self._lanes}{closed}>"
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long no lane has been free for new work; 0 while one is."""
+        if len(self._running) < self._lanes:
+            return 0.0
+        return asyncio.get_running_loop().time() - max(self._running.values())
 
     def submit(
         self,
@@ -425,14 +433,14 @@ class Batcher(Generic[T, R]):
             for entry in taken.batch:
                 self._queue_seconds.observe(now - entry.arrival)
             task = loop.create_task(self._run(taken.batch))
-            self._running.add(task)
+            self._running[task] = now
             task.add_done_callback(self._on_lane_free)
         self._show_queue()
         if not self._running and not self._queue:
             self._idle.set()
 
     def _on_lane_free(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
+        self._running.pop(task, None)
         self._pump()
 
     async def _run(self, batch: list[Pending[T, R]]) -> None:

@@ -138,6 +138,11 @@ class Encoder:
     def __repr__(self) -> str:
         return f"<Encoder {self.spec.name}@{self.spec.revision} ready={self.ready} {self._batcher!r}>"
 
+    @property
+    def stalled_seconds(self) -> float:
+        """How long every lane has been held by the same batch; a backend that hangs shows here."""
+        return self._batcher.stalled_seconds
+
     async def warm_up(self, items: Sequence[Any]) -> None:
         """Run a few inputs, alone and together, so that the first call is as fast as any and a broken model shows.
 

@@ -40,6 +40,11 @@ class EncoderSettings(NodeSettings):
     aging_seconds: float = Field(
         5.0, ge=0, description="Age from which waiting bulk work leads every fourth batch, whatever else waits."
     )
+    stall_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="A batch that holds a model's last lane for so long makes the node NOT_SERVING until it ends.",
+    )
     prepare_threads: int = Field(2, ge=1, description="Threads that turn inputs into the model's arrays.")
 
     @field_validator("model")

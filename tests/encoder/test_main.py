@@ -147,6 +147,24 @@ def test_a_hanging_backend_does_not_keep_the_process(start: Callable[..., Proces
     assert process.logged("a batch still runs in the backend, leaving it behind")
 
 
+def test_health_says_so_while_a_batch_hangs(start: Callable[..., Process], tmp_path: Path) -> None:
+    write_model(tmp_path / "model", ms_per_unit=50, max_input_units=4)
+    process = start("--model", str(tmp_path / "model"), "--stall-seconds", "0.5")
+    with grpc.insecure_channel(process.ready()) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+
+        def status() -> int:
+            request = health_pb2.HealthCheckRequest(service="embedmesh.v1.TextEncoder")
+            return int(health.Check(request, timeout=10).status)
+
+        assert status() == SERVING
+        call = embed_future(channel, *(["text"] * 20))  # one batch of 3 s
+        process.until(lambda: status() == NOT_SERVING)
+        assert not call.done()
+        assert len(call.result().results) == 20
+        process.until(lambda: status() == SERVING)
+
+
 def embed_future(channel: grpc.Channel, *texts: str) -> Any:
     stub = text_pb2_grpc.TextEncoderStub(channel)
     inputs = [text_pb2.TextInput(text=text) for text in texts]

@@ -309,6 +309,20 @@ async def test_health_by_service(open_house: OpenHouse) -> None:
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
+async def test_a_batch_that_holds_the_last_lane_shows_as_stalled(open_house: OpenHouse) -> None:
+    house = await open_house()
+    (encoder,) = house.models.encoders.values()
+    assert encoder.stalled_seconds == 0
+    house.gate.shut()
+    call = house.embed("a")
+    await house.gate.entered(len(house.gate.batches) + 1)
+    await asyncio.sleep(0.01)
+    assert encoder.stalled_seconds > 0
+    house.gate.open()
+    await call
+    assert encoder.stalled_seconds == 0
+
+
 async def test_stages_are_timed(open_house: OpenHouse) -> None:
     house = await open_house()
     await house.embed("a", "b", "c")
@@ -321,7 +335,7 @@ async def test_stages_are_timed(open_house: OpenHouse) -> None:
 
 
 async def test_a_flood_is_answered_or_refused_but_never_hangs(open_house: OpenHouse) -> None:
-    house = await open_house({"base_ms": 2.0}, max_queue_cost=500)
+    house = await open_house({"base_ms": 20.0}, max_queue_cost=500)
 
     async def one(number: int) -> str:
         try:
