@@ -55,14 +55,29 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import ErrorDetails
 
 from embedmesh.v1 import embedding_pb2 as pb
+from embedmesh_encoder.pooling import Pooling
 
 __all__ = [
     "MANIFEST",
@@ -78,103 +93,172 @@ __all__ = [
 ]
 
 MANIFEST: Final = "model.toml"
-POOLINGS: Final = ("graph", "mean", "cls", "max", "mean_sqrt_len", "last")
-PACKED_INPUTS: Final = ("input_ids", "position_ids", "segment_ids")
 
 _FORMAT: Final = 1
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
-_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+# Defaults by layout. Factories must bear data without it: some versions of pydantic call them after a mistake.
+_INPUTS: Final[dict[Any, tuple[str, ...]]] = {
+    "packed": ("input_ids", "position_ids", "segment_ids"),
+    "padded": ("input_ids", "attention_mask"),
+}
+_OUTPUTS: Final[dict[Any, str]] = {"packed": "sentence_embedding", "padded": "last_hidden_state"}
 _KINDS: Final[dict[str, pb.EmbeddingKind.ValueType]] = {"dense": pb.EMBEDDING_KIND_DENSE}
-
-T = TypeVar("T")
 
 
 class ModelError(ValueError):
     """A model cannot be used; the message says which, why, and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class GraphSpec:
-    """The ONNX graph; see the module for the two layouts.
+def _kind(name: object) -> object:
+    if isinstance(name, str) and name in _KINDS:
+        return _KINDS[name]
+    raise ValueError(f"must be {' or '.join(map(json.dumps, _KINDS))}, got {json.dumps(name, default=str)}")
 
-    Attributes:
-        file: Path below the model's folder; "" for the fake backend.
-        layout: How a batch is laid out.
-        inputs: Names of the int64 inputs.
-        output: Name of the float32 output.
-        pooling: "graph" when the output is one vector a text, else how pooling.py pools it.
-    """
 
-    file: str
+def _present(file: str, info: ValidationInfo) -> str:
+    """See that a file lies in the model's folder, symbolic links followed."""
+    if folder := info.data.get("folder"):
+        path = Path(file)
+        inside = (folder / path).resolve().is_relative_to(folder.resolve())
+        if path.is_absolute() or ".." in path.parts or not inside:
+            raise ValueError("is outside of the model's folder")
+        if not (folder / path).is_file():
+            raise ValueError("is missing from the model's folder")
+    return file
+
+
+def _listed(file: str, info: ValidationInfo) -> None:
+    if file not in info.data.get("files", [file]):
+        raise ValueError(f'names "{file}", which is not listed in [files]' if file else "names no file")
+
+
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
+_Kind = Annotated[pb.EmbeddingKind.ValueType, BeforeValidator(_kind)]
+_Input = Annotated[str, Field(pattern=r"^(input_ids|attention_mask|token_type_ids)$")]
+_File = Annotated[str, AfterValidator(_present)]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class GraphSpec(_Table):
+    """The ONNX graph: `file` is "" for the fake backend; `inputs` and `output` are names in the graph."""
+
     layout: Literal["packed", "padded"]
-    inputs: tuple[str, ...]
-    output: str
-    pooling: str
+    file: str = ""
+    inputs: tuple[_Input, ...] = Field(default_factory=lambda data: _INPUTS.get(data.get("layout"), ()), strict=False)
+    output: str = Field(default_factory=lambda data: _OUTPUTS.get(data.get("layout"), ""))
+    pooling: Literal["graph", Pooling] = "graph"
+
+    @field_validator("inputs", "pooling")
+    @classmethod
+    def _packed_graphs_are_fixed(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("layout") == "packed" and value != "graph":
+            raise ValueError('can only be set when the layout is "padded": a packed graph pools by itself')
+        return value
 
 
-@dataclass(frozen=True, slots=True)
-class TextSpec:
-    """How text becomes tokens.
+class PromptSpec(_Table):
+    """What is put before texts, by role."""
 
-    Attributes:
-        tokenizer: Path of a `tokenizer.json` below the model's folder.
-        pad_id: Token id that fills padded rows.
-        query_prompt: Put before texts of role QUERY.
-        document_prompt: Put before texts of role DOCUMENT.
-    """
+    query: str = ""
+    document: str = ""
+
+
+class TextSpec(_Table):
+    """How text becomes tokens."""
 
     tokenizer: str
-    pad_id: int = 0
-    query_prompt: str = ""
-    document_prompt: str = ""
+    pad_id: NonNegativeInt = 0
+    prompts: PromptSpec = PromptSpec()
+
+    @property
+    def query_prompt(self) -> str:
+        """Put before texts of role QUERY."""
+        return self.prompts.query
+
+    @property
+    def document_prompt(self) -> str:
+        """Put before texts of role DOCUMENT."""
+        return self.prompts.document
 
 
-@dataclass(frozen=True, slots=True)
-class FakeSpec:
-    """Behaviour of the fake backend.
+class FakeSpec(_Table):
+    """Behaviour of the fake backend."""
 
-    Attributes:
-        base_ms: Milliseconds that every batch takes.
-        ms_per_unit: Milliseconds that every unit adds.
-        seed: Another seed gives other vectors and another revision.
-    """
-
-    base_ms: float = 0.0
-    ms_per_unit: float = 0.0
-    seed: int = 0
+    base_ms: NonNegativeFloat = 0.0
+    ms_per_unit: NonNegativeFloat = 0.0
+    seed: NonNegativeInt = 0
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """What a manifest says; see the module."""
+class ModelSpec(_Table):
+    """What a manifest says; see the module. Validators see the fields above their own."""
 
-    folder: Path
-    name: str
-    family: str
+    folder: Path  # no key of the manifest, which cannot hold a Path
+    format: Literal[1]
+    name: _Name
+    family: _Name = Field(default_factory=lambda data: data.get("name"))
     modality: Literal["text", "image", "audio"]
-    space: str
-    kinds: tuple[pb.EmbeddingKind.ValueType, ...]
-    dimensions: int
-    truncatable_dimensions: tuple[int, ...]
+    space: _Name
+    kinds: tuple[_Kind, ...] = Field((pb.EMBEDDING_KIND_DENSE,), min_length=1, strict=False)
+    dimensions: PositiveInt
+    truncatable_dimensions: tuple[PositiveInt, ...] = Field((), strict=False)
     normalized: bool
-    max_input_units: int
+    max_input_units: PositiveInt
     license: str
     source: str
     backend: Literal["onnxruntime", "fake"]
-    precision: Literal["float32"]
+    precision: Literal["float32"] = "float32"
+    files: Annotated[Mapping[_File, _Sha256], AfterValidator(MappingProxyType)] = Field(repr=False)
     graph: GraphSpec
-    text: TextSpec | None
-    fake: FakeSpec | None
-    files: Mapping[str, str] = field(repr=False)
+    text: TextSpec | None = Field(None, validate_default=True)
+    fake: FakeSpec | None = Field(default_factory=lambda data: FakeSpec() if data.get("backend") == "fake" else None)
+
+    @field_validator("truncatable_dimensions")
+    @classmethod
+    def _widths_fit(cls, widths: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        dimensions = info.data.get("dimensions")
+        if dimensions and any(width >= dimensions for width in widths):
+            raise ValueError(f"must all be smaller than dimensions ({dimensions}), got {list(widths)}")
+        return tuple(sorted(set(widths), reverse=True))
+
+    @field_validator("graph")
+    @classmethod
+    def _graph_fits(cls, graph: GraphSpec, info: ValidationInfo) -> GraphSpec:
+        backend = info.data.get("backend")
+        if backend == "fake" and (graph.file or graph.layout != "packed"):
+            raise ValueError('must have the layout "packed" and no file when the backend is "fake"')
+        if backend == "onnxruntime":
+            _listed(graph.file, info)
+        return graph
+
+    @field_validator("text")
+    @classmethod
+    def _text_fits(cls, text: TextSpec | None, info: ValidationInfo) -> TextSpec | None:
+        if "modality" in info.data and (info.data["modality"] == "text") != (text is not None):
+            raise ValueError('is only for the modality "text"' if text else "is missing")
+        if text:
+            _listed(text.tokenizer, info)
+        return text
+
+    @field_validator("fake")
+    @classmethod
+    def _fake_fits(cls, fake: FakeSpec, info: ValidationInfo) -> FakeSpec:
+        if info.data.get("backend") == "onnxruntime":
+            raise ValueError('is only for the backend "fake"')
+        return fake
 
     @cached_property
     def revision(self) -> str:
-        """Fingerprint of everything that changes a vector, 16 hexadecimal digits."""
+        """Fingerprint of everything that changes a vector, 16 hexadecimal digits; `model_copy` does not renew it."""
         decides = {
-            "format": _FORMAT,
+            "format": self.format,
             "files": dict(self.files),
-            "graph": asdict(self.graph),
-            "text": self.text and asdict(self.text),
+            "graph": self.graph.model_dump(),
+            "text": self.text
+            and self.text.model_dump(exclude={"prompts"})
+            | {f"{role}_prompt": prompt for role, prompt in self.text.prompts.model_dump().items()},
             "max_input_units": self.max_input_units,
             "normalized": self.normalized,
             "precision": self.precision,
@@ -201,21 +285,15 @@ def load_spec(folder: Path) -> ModelSpec:
     manifest = folder / MANIFEST
     try:
         table = tomllib.loads(manifest.read_text(encoding="utf-8"))
+        return ModelSpec.model_validate({"folder": folder, **table})
     except (FileNotFoundError, NotADirectoryError):
         raise ModelError(
             f"{folder} is not a model folder: it has no {MANIFEST} (`embedmesh models list` shows the models at hand)"
         ) from None
+    except ValidationError as error:
+        raise _error(manifest, [_sentence(issue) for issue in error.errors() if issue["type"] != _SKIPPED]) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ModelError(f"cannot read {manifest}: {error}") from None
-    problems: list[str] = []
-    spec = _read(folder, _Table(table, "", problems))
-    for file in spec.files:
-        if not _inside(folder, file):
-            problems.append(f'file "{file}" is outside of the model\'s folder')
-        elif not spec.path(file).is_file():
-            problems.append(f'file "{file}" is missing')
-    _raise_if(problems, manifest)
-    return spec
 
 
 def verify_files(spec: ModelSpec) -> None:
@@ -234,7 +312,8 @@ def verify_files(spec: ModelSpec) -> None:
             continue
         if actual != expected:
             problems.append(f'file "{file}" has sha256 {actual}, the manifest says {expected}: fetch the model again')
-    _raise_if(problems, spec.folder / MANIFEST)
+    if problems:
+        raise _error(spec.folder / MANIFEST, problems)
 
 
 def find_models(folders: Iterable[Path]) -> dict[Path, ModelSpec | ModelError]:
@@ -276,212 +355,40 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], files: Iterable[st
     return load_spec(folder)
 
 
-class _Table:
-    """One table of a manifest: hands out checked values and collects problems instead of raising."""
-
-    def __init__(self, data: Mapping[str, Any], where: str, problems: list[str]) -> None:
-        self._data = data
-        self._where = where
-        self._problems = problems
-        self._known: list[str] = []
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._data
-
-    def keys(self) -> Collection[str]:
-        return self._data.keys()
-
-    def problem(self, key: str, what: str) -> None:
-        self._problems.append(f"{self._where}{key} {what}")
-
-    def take(self, key: str, kind: Callable[[Any], str], default: T | None = None) -> T:
-        """Give the value of `key`; `kind` says what is wrong with it ("" when nothing is)."""
-        self._known.append(key)
-        if key not in self._data:
-            if default is None:
-                self.problem(key, "is missing")
-            return cast("T", default)
-        wrong = kind(self._data[key])
-        if wrong:
-            self.problem(key, f"{wrong}, got {json.dumps(self._data[key], default=str)}")
-            return cast("T", default)
-        return cast("T", self._data[key])
-
-    def table(self, key: str) -> _Table:
-        """Give a table within this one, an empty one when it is missing."""
-        self._known.append(key)
-        data = self._data.get(key, {})
-        if not isinstance(data, dict):
-            self.problem(key, "must be a table")
-            data = {}
-        return _Table(data, f"{self._where}{key}.", self._problems)
-
-    def finish(self) -> None:
-        """Report the keys that nobody asked for."""
-        for key in self._data:
-            if key not in self._known:
-                near = difflib.get_close_matches(key, self._known, n=1)
-                self.problem(key, f"is unknown{f', did you mean {near[0]}?' if near else ''}")
+_TABLES: Final[dict[tuple[int | str, ...], type[_Table]]] = {
+    (): ModelSpec,
+    ("graph",): GraphSpec,
+    ("text",): TextSpec,
+    ("text", "prompts"): PromptSpec,
+    ("fake",): FakeSpec,
+}
+# pydantic's words for these are about Python, not about TOML.
+_WORDS: Final = {
+    "missing": "is missing",
+    "is_instance_of": "is unknown",
+    "model_type": "must be a table",
+    "dict_type": "must be a table",
+    "tuple_type": "must be a list",
+}
+_SKIPPED: Final = "default_factory_not_called"  # follows from another problem
 
 
-def _string(value: Any) -> str:
-    return "" if isinstance(value, str) else "must be a string"
+def _sentence(issue: ErrorDetails) -> str:
+    """Say what is wrong with one key of a manifest."""
+    kind, loc = issue["type"], tuple(part for part in issue["loc"] if part != "[key]")
+    where = ".".join(_toml_key(str(part)) for part in loc)
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(loc[-1]), _TABLES[loc[:-1]].model_fields, n=1)
+        return f"{where} is unknown{f', did you mean {near[0]}?' if near else ''}"
+    text = _WORDS.get(kind) or re.sub(r"^\w+ should", "must", issue["msg"].removeprefix("Value error, "))
+    got = "" if kind in ("missing", "value_error") else f", got {json.dumps(issue['input'], default=str)}"
+    return f"{where} {text}{got}"
 
 
-def _name(value: Any) -> str:
-    good = isinstance(value, str) and _NAME.fullmatch(value)
-    return "" if good else "must be a name of letters, digits and . _ - /"
-
-
-def _flag(value: Any) -> str:
-    return "" if isinstance(value, bool) else "must be true or false"
-
-
-def _count(value: Any) -> str:
-    good = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    return "" if good else "must be a whole number above 0"
-
-
-def _index(value: Any) -> str:
-    good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return "" if good else "must be a whole number, 0 or above"
-
-
-def _milliseconds(value: Any) -> str:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-    return "" if good else "must be a number of milliseconds, 0 or above"
-
-
-def _one_of(*choices: Any) -> Callable[[Any], str]:
-    return lambda value: "" if value in choices else f"must be {' or '.join(json.dumps(c) for c in choices)}"
-
-
-def _list_of(kind: Callable[[Any], str], what: str) -> Callable[[Any], str]:
-    return lambda value: "" if isinstance(value, list) and not any(map(kind, value)) else f"must be a list of {what}"
-
-
-def _read(folder: Path, top: _Table) -> ModelSpec:
-    """Read the manifest; what it returns is sound only when no problem was reported."""
-    top.take("format", _one_of(_FORMAT))
-    name: str = top.take("name", _name)
-    modality: Any = top.take("modality", _one_of("text", "image", "audio"))
-    backend: Any = top.take("backend", _one_of("onnxruntime", "fake"))
-    dimensions: int = top.take("dimensions", _count)
-    widths: list[int] = top.take("truncatable_dimensions", _list_of(_count, "whole numbers"), [])
-    if dimensions and any(width >= dimensions for width in widths):
-        top.problem("truncatable_dimensions", f"must all be smaller than dimensions ({dimensions}), got {widths}")
-    kinds: list[str] = top.take("kinds", _list_of(_one_of(*_KINDS), " or ".join(_KINDS)), ["dense"])
-    if not kinds:
-        top.problem("kinds", "must not be empty")
-    files = _read_files(top)
-    graph = _read_graph(top, backend, files)
-    text = _read_text(top, files) if modality == "text" else None
-    fake = _read_fake(top) if backend == "fake" else None
-    spec = ModelSpec(
-        folder=folder,
-        name=name,
-        family=top.take("family", _name, name),
-        modality=modality,
-        space=top.take("space", _name),
-        kinds=tuple(_KINDS[kind] for kind in kinds),
-        dimensions=dimensions,
-        truncatable_dimensions=tuple(sorted(set(widths), reverse=True)),
-        normalized=top.take("normalized", _flag),
-        max_input_units=top.take("max_input_units", _count),
-        license=top.take("license", _string),
-        source=top.take("source", _string),
-        backend=backend,
-        precision=top.take("precision", _one_of("float32"), "float32"),
-        graph=graph,
-        text=text,
-        fake=fake,
-        files=files,
-    )
-    top.finish()
-    return spec
-
-
-def _read_files(top: _Table) -> Mapping[str, str]:
-    table = top.table("files")
-    if "files" not in top:
-        top.problem("files", "is missing: list every file of the model with its sha256")
-    hexadecimal = lambda value: (  # noqa: E731  (a checker like those above, used once)
-        "" if isinstance(value, str) and _SHA256.fullmatch(value) else "must be a sha256 in hexadecimal"
-    )
-    return MappingProxyType({file: table.take(file, hexadecimal) for file in table.keys()})  # noqa: SIM118
-
-
-def _listed(table: _Table, key: str, files: Mapping[str, str]) -> str:
-    """Take the path of a file that must be in [files]."""
-    file: str = table.take(key, _string)
-    if file and file not in files:
-        table.problem(key, f'names "{file}", which is not listed in [files]')
-    return file
-
-
-def _read_graph(top: _Table, backend: str, files: Mapping[str, str]) -> GraphSpec:
-    table = top.table("graph")
-    layout: Any = table.take("layout", _one_of("packed", "padded"))
-    packed = layout == "packed"
-    if backend == "fake" and not packed:
-        table.problem("layout", 'must be "packed" when the backend is "fake"')
-    pooling: str = table.take("pooling", _one_of(*POOLINGS), "graph")
-    if packed and pooling != "graph":
-        table.problem("pooling", 'must be "graph" when the layout is "packed": such a graph pools by itself')
-    if packed:
-        inputs = list(PACKED_INPUTS)
-    else:
-        allowed = _one_of("input_ids", "attention_mask", "token_type_ids")
-        inputs = table.take("inputs", _list_of(allowed, "input names"), ["input_ids", "attention_mask"])
-    graph = GraphSpec(
-        file=_listed(table, "file", files) if backend != "fake" else "",
-        layout=layout,
-        inputs=tuple(inputs),
-        output=table.take("output", _string, "sentence_embedding" if packed else "last_hidden_state"),
-        pooling=pooling,
-    )
-    table.finish()
-    return graph
-
-
-def _read_text(top: _Table, files: Mapping[str, str]) -> TextSpec:
-    table = top.table("text")
-    prompts = table.table("prompts")
-    text = TextSpec(
-        tokenizer=_listed(table, "tokenizer", files),
-        pad_id=table.take("pad_id", _index, 0),
-        query_prompt=prompts.take("query", _string, ""),
-        document_prompt=prompts.take("document", _string, ""),
-    )
-    prompts.finish()
-    table.finish()
-    return text
-
-
-def _read_fake(top: _Table) -> FakeSpec:
-    table = top.table("fake")
-    fake = FakeSpec(
-        base_ms=table.take("base_ms", _milliseconds, 0.0),
-        ms_per_unit=table.take("ms_per_unit", _milliseconds, 0.0),
-        seed=table.take("seed", _index, 0),
-    )
-    table.finish()
-    return fake
-
-
-def _inside(folder: Path, file: str) -> bool:
-    """Whether a path of the manifest stays in the folder, symbolic links followed."""
-    pure = PurePosixPath(file)
-    if pure.is_absolute() or ".." in pure.parts:
-        return False
-    return (folder / file).resolve().is_relative_to(folder.resolve())
-
-
-def _raise_if(problems: list[str], manifest: Path) -> None:
+def _error(manifest: Path, problems: list[str]) -> ModelError:
     if len(problems) == 1:
-        raise ModelError(f"{manifest}: {problems[0]}")
-    if problems:
-        raise ModelError(f"{manifest} has {len(problems)} problems:" + "".join(f"\n  - {p}" for p in problems))
+        return ModelError(f"{manifest}: {problems[0]}")
+    return ModelError(f"{manifest} has {len(problems)} problems:" + "".join(f"\n  - {p}" for p in problems))
 
 
 def _toml_key(key: str) -> str:

@@ -1,7 +1,5 @@
 """One text to token ids, a batch to feeds, outputs to vectors."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -32,8 +30,9 @@ def preparer(spec: ModelSpec) -> TextPreparer:
 
 
 def padded(spec: ModelSpec, pooling: str, *inputs: str) -> ModelSpec:
-    graph = GraphSpec("model.onnx", "padded", inputs or ("input_ids", "attention_mask"), "last_hidden_state", pooling)
-    return dataclasses.replace(spec, graph=graph, text=TextSpec("tokenizer.json", pad_id=1))
+    chosen = {"inputs": inputs} if inputs else {}
+    graph = GraphSpec.model_validate({"layout": "padded", "pooling": pooling, **chosen})
+    return spec.model_copy(update={"graph": graph, "text": TextSpec(tokenizer="tokenizer.json", pad_id=1)})
 
 
 def prepared(*lengths: int) -> list[Prepared]:
@@ -60,7 +59,7 @@ def test_empty_and_blank_texts_have_a_vector(preparer: TextPreparer, text: str) 
 
 
 def test_end_keeps_the_beginning_and_start_the_end(spec: ModelSpec, preparer: TextPreparer) -> None:
-    whole = TextPreparer(dataclasses.replace(spec, max_input_units=99))
+    whole = TextPreparer(spec.model_copy(update={"max_input_units": 99}))
     ids = whole.prepare(TextItem("abcdefghijklmnopqrstuvwxyz"), END).data.tolist()
     for truncation in (END, pb.TRUNCATION_UNSPECIFIED):
         cut = preparer.prepare(TextItem("abcdefghijklmnopqrstuvwxyz"), truncation)
@@ -101,7 +100,7 @@ def test_lone_surrogates_are_no_text(preparer: TextPreparer, item: TextItem) -> 
 
 
 def test_prompts_are_put_before_the_text(spec: ModelSpec) -> None:
-    preparer = TextPreparer(dataclasses.replace(spec, max_input_units=99))
+    preparer = TextPreparer(spec.model_copy(update={"max_input_units": 99}))
 
     def ids(text: str, role: text_pb2.TextRole.ValueType = text_pb2.TEXT_ROLE_UNSPECIFIED, how: str = "") -> list[int]:
         found: list[int] = preparer.prepare(TextItem(text, role, how), END).data.tolist()
@@ -167,4 +166,4 @@ def test_outputs_become_one_vector_a_text(spec: ModelSpec, preparer: TextPrepare
 
 def test_a_model_of_another_modality_is_refused(spec: ModelSpec) -> None:
     with pytest.raises(ModelError, match='model "fake-text" is for image, not for text'):
-        TextPreparer(dataclasses.replace(spec, modality="image", text=None))
+        TextPreparer(spec.model_copy(update={"modality": "image", "text": None}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from embedmesh.errors import InputTooLarge, InvalidRequest
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh.v1 import text_pb2
 from embedmesh_encoder.model import ModelError, ModelSpec
-from embedmesh_encoder.pooling import Pooling, pool
+from embedmesh_encoder.pooling import pool
 from embedmesh_encoder.preparation import Prepared
 from embedmesh_encoder.text.tokens import WindowedTokenizer
 
@@ -123,7 +123,7 @@ class TextPreparer:
         if self._graph.pooling == "graph":
             return output
         lengths = np.array([prepared.units for prepared in batch], np.int64)
-        return pool(cast("Pooling", self._graph.pooling), output, lengths)
+        return pool(self._graph.pooling, output, lengths)
 
     def _collate_packed(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
         units = [prepared.units for prepared in batch]
