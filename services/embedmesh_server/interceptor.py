@@ -104,6 +104,11 @@ class _Call:
         self._metrics, self._service, self._method = metrics, service, method
         self._id, self._context = call_id, context
         self._start = 0.0
+        # Asked now: a stream's generator may be closed after gRPC has freed the call, when asking its
+        # context for peer or deadline crashes the process.
+        self._peer = context.peer()
+        left = context.time_remaining()
+        self._expires = math.inf if left is None else time.monotonic() + left
 
     async def __aenter__(self) -> None:
         self._start = time.perf_counter()
@@ -118,8 +123,7 @@ class _Call:
             self._finish(error.code, error)
             await self._abort(error)
         elif isinstance(error, asyncio.CancelledError | GeneratorExit):
-            left = self._context.time_remaining()
-            expired = left is not None and left <= 0
+            expired = time.monotonic() >= self._expires
             self._finish(grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED)
         elif isinstance(error, Exception):
             _log.error("unexpected exception", exc_info=error, extra={"request_id": self._id})
@@ -142,7 +146,7 @@ class _Call:
             "method": f"{self._service}/{self._method}",
             "code": code.name,
             "seconds": round(seconds, 6),
-            "peer": self._context.peer(),
+            "peer": self._peer,
         }
         if error is not None:
             extra |= {"reason": error.reason, "detail": error.message}

@@ -268,9 +268,12 @@ async def test_cancelling_a_task_cancels_its_stream(gateway: Any) -> None:
 
 @pytest.mark.parametrize("inputs", [["1"], ["1", "2"]])
 def test_an_interrupted_call_is_cancelled(gateway: Any, inputs: list[str]) -> None:
+    first = threading.Lock()  # a second signal would end the tests
+
     def interrupt(_: Any, context: Any) -> Any:
         gateway.wait_for(lambda: len(gateway.requests) == len(inputs))
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        if first.acquire(blocking=False):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         gateway.hold(context)
 
     gateway.on_embed = interrupt

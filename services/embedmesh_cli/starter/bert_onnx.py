@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 __all__ = ["BertConfig", "build_packed_bert"]
 
@@ -135,11 +135,9 @@ def build_packed_bert(weights: Mapping[str, NDArray[np.float32]], config: BertCo
     ]
     output = helper.make_tensor_value_info("sentence_embedding", TensorProto.FLOAT, ["texts", size])
     graph = helper.make_graph(g.nodes, "packed_bert", inputs, [output], g.weights)
-    model = helper.make_model(
+    return helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR, producer_name="embedmesh"
     )
-    checker.check_model(model)
-    return model
 
 
 def _pool_segments(g: _Graph, x: str, size: int) -> None:

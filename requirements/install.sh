@@ -1,0 +1,72 @@
+#!/bin/sh
+# Make an environment ready for `make`: find a Python, create the folder, install a lock and the project.
+#
+#   sh requirements/install.sh serve          .venv: what `make demo` and `make up` need
+#   sh requirements/install.sh dev            .venv: the same and the tools of `make test` and `make check`
+#   VENV=.venv-torch sh requirements/install.sh dev torch         the reference library besides
+#
+# Needs sh, Python >= 3.11 with its venv module, and a package index that pip can reach (your own pip
+# configuration counts). Everything comes as wheels with pinned hashes: no compiler. Each thing that can be
+# missing ends in one sentence that says what to do.
+set -eu
+
+lock=$1
+extra=${2:-}
+venv=${VENV:-.venv}
+cd "$(dirname "$0")/.."
+here=$(pwd -P)
+
+fail() {
+    printf 'embedmesh: %s\n' "$1" >&2
+    exit 1
+}
+
+# Running it, not only finding it: version managers put names on PATH that lead nowhere.
+new_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+python=
+if [ -n "${PYTHON:-}" ]; then
+    new_enough "$PYTHON" || fail "PYTHON=$PYTHON is not a Python 3.11 or newer."
+    python=$PYTHON
+else
+    for candidate in python3.13 python3.12 python3.11 python3; do
+        if new_enough "$candidate"; then
+            python=$candidate
+            break
+        fi
+    done
+    [ -n "$python" ] || fail "Python 3.11 or newer is needed and none is on PATH: install one (Debian 12, Ubuntu 24.04 or newer: apt install python3 python3-venv), or name yours: make PYTHON=/path/to/python3 ..."
+fi
+
+if [ "$(cat "$venv/home" 2>/dev/null)" != "$here" ] || ! "$venv/bin/python" -c '' 2>/dev/null; then
+    # An environment is bound to its folder and its Python: begin anew when either is gone.
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "$python cannot create virtual environments: install its venv module (Debian, Ubuntu: apt install python3-venv)."
+    # Environment 360 MiB (dev 560), model 90, its archive and conversion as much again, pip's cache 200.
+    need_mib=1000
+    [ "$extra" != torch ] || need_mib=7000
+    free_mib=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024) }')
+    [ "$free_mib" -ge "$need_mib" ] ||
+        fail "only $free_mib MiB are free on the disk of $here and about $need_mib are needed: make room and try again."
+    rm -rf "$venv"
+    "$python" -m venv "$venv" || fail "$python could not create $here/$venv (its reason is above)."
+    printf '%s\n' "$here" >"$venv/home"
+fi
+
+pip_install() {
+    "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --quiet "$@" ||
+        fail "pip could not install what is locked in requirements/ (its reason is above). Is a package index reachable? Behind a mirror or proxy set PIP_INDEX_URL or HTTPS_PROXY; if the disk is full make room; then try again."
+}
+
+printf 'Installing %s locked packages into %s (the first time this takes about a minute) ...\n' \
+    "$(grep -c '==' "requirements/$lock.txt")" "$venv" >&2
+pip_install --require-hashes --only-binary :all: -r "requirements/$lock.txt"
+if [ "$lock" = dev ]; then
+    pip_install --require-hashes --no-build-isolation --no-deps -r requirements/sdist.txt
+fi
+if [ "$extra" = torch ]; then
+    pip_install torch==2.13.0 'sentence-transformers>=6.2,<6.3'
+fi
+pip_install --no-build-isolation --no-deps --no-index --editable .

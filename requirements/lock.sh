@@ -1,0 +1,26 @@
+#!/bin/sh
+# Make the locks anew from pyproject.toml: one set of versions that live together, for Python 3.11 to 3.13.
+#
+#   sh requirements/lock.sh UV
+#
+# serve.txt   `make demo`, `make up`                  dev.txt     serve + tests + checks
+# client.txt  `import embedmesh` and nothing else     sdist.txt   the one tool without a wheel, installed last
+# lowest.txt  the same with the oldest grpcio and protobuf that we promise to work with
+set -eu
+uv=$1
+cd "$(dirname "$0")/.."
+
+compile() {
+    out=requirements/$1
+    shift
+    "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
+        --no-emit-find-links --output-file "$out" "$@"
+}
+
+compile dev.txt --upgrade --only-binary :all: --extra cli --group dev pyproject.toml
+compile serve.txt --upgrade --only-binary :all: --extra cli --group build --constraints requirements/dev.txt pyproject.toml
+compile client.txt --upgrade --only-binary :all: --constraints requirements/dev.txt pyproject.toml
+compile sdist.txt --upgrade --group pyproject.toml:sdist
+printf 'numpy>=2.1\n' >requirements/.numpy # older ones have no wheels for Python 3.13
+compile lowest.txt --upgrade --only-binary :all: --resolution lowest-direct --constraints requirements/.numpy pyproject.toml
+rm requirements/.numpy

@@ -1,0 +1,72 @@
+"""How the command speaks to people."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import grpc
+from rich.console import Console
+
+from embedmesh.errors import EmbedMeshError
+from embedmesh_cli.starter import StarterError, ensure_starter
+
+__all__ = ["FAILED", "UNREACHABLE", "USAGE", "UserError", "command_name", "explain", "starter_model"]
+
+FAILED = 1
+USAGE = 2
+UNREACHABLE = 3
+
+
+class UserError(Exception):
+    """Something that the user can put right: one sentence, and the status to end with."""
+
+    def __init__(self, message: str, status: int = FAILED) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def command_name() -> str:
+    """How to type this command here: by its name, or by its path where it is not on PATH."""
+    found = shutil.which("embedmesh")
+    beside = Path(sys.executable).with_name("embedmesh")
+    if found and Path(found).resolve() == beside.resolve():
+        return "embedmesh"
+    if not beside.exists():
+        return "embedmesh"
+    here = Path.cwd()
+    return str(beside.relative_to(here) if beside.is_relative_to(here) and here != Path("/") else beside)
+
+
+def explain(error: EmbedMeshError, address: str) -> UserError:
+    """Turn the failure of a whole call into a sentence and a status."""
+    unreachable = error.code is grpc.StatusCode.UNAVAILABLE and not error.reason
+    if unreachable:
+        return UserError(
+            f"no mesh answers at {address}: start one with `{command_name()} up`, or name yours with --address.",
+            UNREACHABLE,
+        )
+    status = UNREACHABLE if error.code is grpc.StatusCode.UNAVAILABLE else FAILED
+    pause = f" (try again in {error.retry_after:.1f} s)" if error.retry_after else ""
+    return UserError(f"{error.message}{pause} [{error.reason or error.code.name}]", status)
+
+
+def starter_model(console: Console) -> Path:
+    """Give the starter text model; the first time it is made, and that is shown."""
+
+    def progress(line: str) -> None:
+        # On a terminal a spinner moves beside the step; elsewhere each step is a line.
+        if console.is_terminal:
+            status.update(line)
+            status.start()
+        else:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    status = console.status("")
+    try:
+        return ensure_starter(progress)
+    except StarterError as error:
+        raise UserError(f"{error}.") from None
+    finally:
+        status.stop()
