@@ -360,6 +360,20 @@ async def test_a_late_answer_still_fills_the_memory(
         await settle(lambda: cache.from_memory([b"key 0"]) == [bytes(200)])
 
 
+async def test_an_operation_that_hangs_is_given_up(
+    open_cache: Callable[..., Any], valkey: Any, settle: Callable[..., Any]
+) -> None:
+    async with open_cache(valkey.url, timeout=0.02) as (cache, metric):
+        await cache.from_redis([b"key 0"])
+        valkey.signal(signal.SIGSTOP)
+        await cache.from_redis([b"key 0"])
+        cache.set_many(pairs(1))
+        await settle(lambda: metric("embedmesh_cache_errors_total", operation="set", kind="timeout") == 1)
+        await settle(lambda: "lanes=0/" in repr(cache))
+        assert metric("embedmesh_cache_errors_total", operation="get", kind="timeout") == 2  # the caller, the lane
+        valkey.signal(signal.SIGCONT)
+
+
 async def test_more_than_the_queue_holds_is_dropped_and_counted(open_cache: Callable[..., Any], valkey: Any) -> None:
     async with open_cache(valkey.url, queue_bytes=3000) as (cache, metric):
         cache.set_many(pairs(100))
@@ -430,6 +444,26 @@ async def test_garbage_is_a_miss_and_never_more(kind: str, open_cache: Callable[
             for kind in ("timeout", "connection", "corrupt", "response")
         )
         assert errors > 0
+
+
+async def test_of_a_large_lookup_what_came_in_time_counts(open_cache: Callable[..., Any]) -> None:
+    answered = 0
+
+    def once(packet: bytes) -> bytes:
+        nonlocal answered
+        if b"MGET" not in packet:
+            return b"+OK\r\n" * packet.count(b"SETINFO")
+        answered += 1
+        if answered > 1:
+            return b""
+        values = [seal(key, payload) for key, payload in pairs(256, size=10)]
+        return b"*256\r\n" + b"".join(b"$%d\r\n%b\r\n" % (len(value), value) for value in values)
+
+    async with talking(once) as url, open_cache(url, timeout=0.3) as (cache, metric):
+        found = await cache.from_redis([key for key, _ in pairs(256)] + [b"late %d" % i for i in range(256)])
+        assert found == [payload for _, payload in pairs(256, size=10)] + [None] * 256
+        assert metric("embedmesh_cache_errors_total", operation="get", kind="timeout") == 1
+        assert "<Breaker closed failures=0/5>" in repr(cache)
 
 
 async def test_what_nobody_can_use_is_forgotten(open_cache: Callable[..., Any]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import signal
 import time
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
 
 from embedmesh import vectors
 from embedmesh.errors import (
@@ -32,7 +34,10 @@ from embedmesh.errors import (
 )
 from embedmesh.v1 import audio_pb2, gateway_pb2, image_pb2, text_pb2
 from embedmesh.v1 import embedding_pb2 as pb
-from embedmesh_gateway.router import cache_key
+from embedmesh_gateway.cache import seal
+from embedmesh_gateway.catalog import Catalog
+from embedmesh_gateway.router import Admission, Router, cache_key
+from embedmesh_server.metrics import GatewayMetrics
 
 D = 32
 REFRESH, BYPASS = gateway_pb2.CACHE_POLICY_REFRESH, gateway_pb2.CACHE_POLICY_BYPASS
@@ -360,6 +365,88 @@ async def test_values_swapped_and_damaged_in_redis_are_computed_anew(
     assert np.array_equal(rows(response), [cached_mesh.expected(text) for text in texts])
     assert response.usage.cached_inputs == 10
     assert cached_mesh.metric("embedmesh_cache_errors_total", operation="get", kind="corrupt") == 30
+
+
+async def test_what_the_gateway_cannot_use_is_computed_anew(open_mesh: Any, valkey: Any) -> None:
+    """Values with a right checksum that are no vector of this model: nonsense, another width, no vector."""
+    ref = pb.ModelRef(name="fake-text", revision="r1", space="shared")
+    narrow = pb.EmbedResult()
+    narrow.embedding.dense.CopyFrom(pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[2], data=bytes(8)))
+    payloads = {"a": b"\xff\xff", "b": narrow.SerializeToString(), "c": b""}
+    with valkey.client() as client:
+        for content, payload in payloads.items():
+            key = cache_key(ref, "text", pb.TRUNCATION_END, text(content))
+            client.set(key, seal(key, payload))
+    async with open_mesh(redis_url=valkey.url) as mesh:
+        response = await mesh.embed(list("abc"))
+        assert np.array_equal(rows(response), [mesh.expected(content) for content in "abc"])
+        assert response.usage.cached_inputs == 0
+        assert mesh.metric("embedmesh_cache_errors_total", operation="get", kind="corrupt") == 3
+        assert (await mesh.embed(list("abc"))).usage.cached_inputs == 3
+
+
+# Room.
+
+
+async def test_who_waits_for_room_gets_in_by_turn() -> None:
+    admission = Admission(10, GatewayMetrics(CollectorRegistry()))
+    entered: list[int] = []
+
+    async def work(n: int, leave: asyncio.Event, *, patient: bool = True) -> None:
+        async with admission.hold(n, bulk=False, patient=patient, deadline=math.inf):
+            entered.append(n)
+            await leave.wait()
+
+    first, later = asyncio.Event(), asyncio.Event()
+    tasks = [asyncio.create_task(work(8, first))]
+    await asyncio.sleep(0)
+    tasks += [asyncio.create_task(work(n, later)) for n in (9, 1)]
+    await asyncio.sleep(0)
+    # One would fit, but it is not its turn.
+    assert entered == [8]
+    assert repr(admission) == "<Admission inputs=8/10 waiting=2>"
+    tasks[1].cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert entered == [8, 1]
+    first.set()
+    later.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert admission.inputs == 0
+
+
+async def test_who_waits_for_room_too_long_is_told() -> None:
+    admission = Admission(10, GatewayMetrics(CollectorRegistry()))
+    now = asyncio.get_running_loop().time()
+    async with admission.hold(10, bulk=False, patient=False, deadline=math.inf):
+        with pytest.raises(DeadlineExceeded):
+            async with admission.hold(1, bulk=True, patient=True, deadline=now + 0.05):
+                pytest.fail("there is no room")
+    assert (admission.inputs, repr(admission)) == (0, "<Admission inputs=0/10 waiting=0>")
+
+
+async def test_who_leaves_in_the_moment_of_getting_in_leaves_the_room() -> None:
+    admission = Admission(10, GatewayMetrics(CollectorRegistry()))
+
+    async def wait() -> None:
+        async with admission.hold(5, bulk=False, patient=True, deadline=math.inf):
+            pytest.fail("it was cancelled")
+
+    async with admission.hold(10, bulk=False, patient=False, deadline=math.inf):
+        waiter = asyncio.create_task(wait())
+        await asyncio.sleep(0)
+    waiter.cancel()  # its turn has come, but it has not run yet
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    assert admission.inputs == 0
+
+
+async def test_the_repr_tells_the_state(open_cache: Any) -> None:
+    async with open_cache() as (cache, _):
+        metrics = GatewayMetrics(CollectorRegistry())
+        catalog = Catalog({}, refresh_seconds=1, metrics=metrics)
+        router = Router(catalog, {}, cache, metrics, max_inputs=1, max_inflight_inputs=7)
+        assert repr(router).startswith("<Router flights=0 <Admission inputs=0/7 waiting=0> <VectorCache memory only")
 
 
 # Hits and misses.
@@ -747,6 +834,15 @@ async def test_a_modality_that_is_not_offered_fails_alone(mesh: Any) -> None:
     assert isinstance(await failure(mesh.embed([b"p"])), ModelNotFound)
 
 
+async def test_large_pictures_are_told_apart(open_mesh: Any, three: Any) -> None:
+    async with open_mesh(three) as mesh:
+        pictures = [bytes([i]) * 200_000 for i in range(4)]
+        for _ in range(2):
+            response = await mesh.embed(pictures)
+            assert np.array_equal(rows(response), [mesh.expected(picture, "image") for picture in pictures])
+        assert response.usage.cached_inputs == 4
+
+
 async def test_a_family_answers_each_modality_with_its_tower(open_mesh: Any, three: Any) -> None:
     async with open_mesh(three) as mesh:
         response = await mesh.embed(["a", b"p"], model="fake")
@@ -871,6 +967,23 @@ async def test_kinds_are_fetched_once_known_to_be_missing_and_never_lost(open_me
             (result,) = (await mesh.embed(["a"], output=pb.OutputOptions(kinds=kinds))).results
             assert result.cached
         assert len(mesh.text.calls) == 2
+
+
+async def test_calls_whose_answers_are_large_are_split(open_mesh: Any, make_encoder: Any) -> None:
+    multi = pb.EMBEDDING_KIND_MULTI_VECTOR
+
+    def tokens(response: Any) -> None:
+        for result in response.results:
+            result.embedding.multi_vector.CopyFrom(
+                pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[64, D], data=bytes(64 * D * 4))
+            )
+
+    encoder = make_encoder("text", kinds=[pb.EMBEDDING_KIND_DENSE, multi], max_inputs=1024)
+    encoder.after = tokens
+    async with open_mesh({"text": [encoder]}, max_message_bytes=1 << 20) as mesh:
+        response = await mesh.embed([str(i) for i in range(120)], output=pb.OutputOptions(kinds=[multi]))
+        assert all(result.embedding.HasField("multi_vector") for result in response.results)
+        assert len(encoder.calls) == 2
 
 
 # Everything together.

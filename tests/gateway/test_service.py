@@ -134,8 +134,8 @@ async def test_a_caller_that_does_not_read_is_not_served_on(open_mesh: Any, sett
 
         async def write() -> None:
             nonlocal written
-            for number in range(200):
-                await stream.write(chunk(mesh, number, [f"{number} {i}" for i in range(600)]))
+            for number in range(100):
+                await stream.write(chunk(mesh, number, [str(number)] * 1000))
                 written += 1
             await stream.done_writing()
 
@@ -146,10 +146,10 @@ async def test_a_caller_that_does_not_read_is_not_served_on(open_mesh: Any, sett
             await asyncio.sleep(0.3)
             if len(mesh.text.calls) == before:
                 break
-        assert len(mesh.text.calls) < 1000  # of 2,000; what was answered lies in gRPC's own buffers
+        assert len(mesh.text.calls) < 80  # of 100; what was answered lies in gRPC's own buffers
         answers = await collect(stream)
         await writer
-        assert len(answers) == 200
+        assert len(answers) == 100
 
 
 async def test_overload_of_the_encoder_is_waited_out(mesh: Any) -> None:

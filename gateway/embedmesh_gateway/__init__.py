@@ -1,0 +1,1 @@
+"""The gateway: routes each input to the encoder of its modality, and computes nothing twice."""

@@ -1,0 +1,783 @@
+"""Who answers which input: the cache, a computation already under way, or an encoder.
+
+Each modality of a request is a group that is planned and answered by itself, all at once:
+
+    embed -> _group -> _plan        which model, can it do what is asked
+                    -> _obtain      memory, else join a flight, else lead one
+                       -> _lead     Redis, then encoders
+                       -> _follow   wait; compute after all when the leader gave up
+          -> _assemble              request order, models table, width and dtype
+
+A *flight* is a vector on its way, known by its cache key. Whoever finds no flight to join leads one.
+Nothing is awaited between looking into the memory and registering a flight, nor between keeping a vector
+and ending its flight, so no vector is computed twice within one gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+
+from embedmesh.errors import (
+    DeadlineExceeded,
+    EmbedMeshError,
+    InputTooLarge,
+    InvalidRequest,
+    Overloaded,
+    UnsupportedOutput,
+    from_status,
+    to_status,
+)
+from embedmesh.v1 import audio_pb2, catalog_pb2, gateway_pb2, text_pb2
+from embedmesh.v1 import embedding_pb2 as pb
+from embedmesh.vectors import DenseOutput, finish_dense
+from embedmesh_gateway.cache import VectorCache
+from embedmesh_gateway.catalog import Catalog
+from embedmesh_gateway.upstream import Answer, Upstream, broken, is_vector
+from embedmesh_server.metrics import GatewayMetrics
+
+__all__ = ["Admission", "Router", "cache_key"]
+
+# Room in a message for what is not an input.
+_MESSAGE_SLACK: Final = 64 * 1024
+# Hashing more than this would hold the event loop for too long (blake2b: about 1 ms a MiB).
+_HASH_INLINE_BYTES: Final = 256 * 1024
+# Inputs a call may carry when the catalog names no limit.
+_DEFAULT_MAX_INPUTS: Final = 256
+_FIELDS: Final[dict[pb.EmbeddingKind.ValueType, Any]] = {
+    pb.EMBEDDING_KIND_DENSE: "dense",
+    pb.EMBEDDING_KIND_SPARSE: "sparse",
+    pb.EMBEDDING_KIND_MULTI_VECTOR: "multi_vector",
+}
+_FIRST_INDEX: Final = re.compile(r"^inputs\[(\d+)\]")
+
+_Outcome = Answer | EmbedMeshError
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What all inputs of one modality in one request have in common."""
+
+    modality: str
+    info: catalog_pb2.ModelInfo
+    model: str  # as the encoder is asked for it
+    kinds: frozenset[pb.EmbeddingKind.ValueType]  # the caller's wish
+    output: DenseOutput
+    untouched: bool  # the cached vector is what the caller wants
+    truncation: pb.Truncation.ValueType
+    policy: gateway_pb2.CachePolicy.ValueType
+    priority: pb.Priority.ValueType
+    patient: bool
+    deadline: float
+
+    @property
+    def fetched(self) -> frozenset[pb.EmbeddingKind.ValueType]:
+        """Kinds asked of the encoder: dense comes along, so that it is never lost from the cache."""
+        return self.kinds | ({pb.EMBEDDING_KIND_DENSE} & set(self.info.kinds))
+
+    def unwanted(self) -> frozenset[pb.EmbeddingKind.ValueType]:
+        """Kinds that the model makes and the caller did not ask for; the cache may hold them."""
+        return frozenset(self.info.kinds) - self.kinds
+
+    @property
+    def fresh(self) -> bool:
+        """Whether an answer from the cache will not do."""
+        return self.policy == gateway_pb2.CACHE_POLICY_REFRESH
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A vector on its way. The future gives None when the leader left without an outcome."""
+
+    plan: _Plan
+    landed: asyncio.Future[_Outcome | None]
+
+    def serves(self, plan: _Plan) -> bool:
+        """Whether a caller with `plan` may wait for it.
+
+        Nobody waits for someone less urgent, or for someone who sits overload out when he does not.
+        """
+        return (
+            self.plan.priority <= plan.priority
+            and (plan.patient or not self.plan.patient)
+            and (self.plan.fresh or not plan.fresh)
+            and self.plan.fetched >= plan.kinds
+        )
+
+
+class Admission:
+    """Inputs in service, bounded; bulk work gets at most half, so that interactive work always finds room.
+
+    Args:
+        limit: The most inputs in service. A single request always fits when nothing else is in service.
+        metrics: Counts refusals.
+    """
+
+    def __init__(self, limit: int, metrics: GatewayMetrics) -> None:
+        self._limits = {True: max(1, limit // 2), False: limit}
+        self._metrics = metrics
+        self._used = {True: 0, False: 0}  # by "is bulk"
+        self._seconds = 0.1  # moving average of a request's time in service
+        self._waiting: deque[tuple[int, bool, asyncio.Future[None]]] = deque()
+
+    def __repr__(self) -> str:
+        return f"<Admission inputs={self.inputs}/{self._limits[False]} waiting={len(self._waiting)}>"
+
+    @property
+    def inputs(self) -> int:
+        """Inputs in service now."""
+        return sum(self._used.values())
+
+    def _fits(self, n: int, bulk: bool) -> bool:
+        if bulk and self._used[True] and self._used[True] + n > self._limits[True]:
+            return False
+        return not self.inputs or self.inputs + n <= self._limits[False]
+
+    @asynccontextmanager
+    async def hold(self, n: int, *, bulk: bool, patient: bool, deadline: float) -> AsyncIterator[None]:
+        """Keep room for `n` inputs; when there is none, refuse, or wait until `deadline` when `patient`.
+
+        Raises:
+            Overloaded: With the time in which a request is usually served.
+            DeadlineExceeded: No room came free in time.
+        """
+        if self._fits(n, bulk) and not (patient and self._waiting):
+            self._used[bulk] += n
+        elif patient:
+            await self._wait(n, bulk, deadline)
+        else:
+            self._metrics.refused_inputs.inc(n)
+            raise Overloaded(
+                f"{self.inputs} inputs are in service, {n} more do not fit",
+                retry_after=min(max(self._seconds, 0.05), 5.0),
+            )
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds += 0.1 * (time.monotonic() - start - self._seconds)
+            self._used[bulk] -= n
+            self._admit_waiting()
+
+    async def _wait(self, n: int, bulk: bool, deadline: float) -> None:
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
+        self._waiting.append((n, bulk, turn))
+        try:
+            async with asyncio.timeout_at(deadline):
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():  # the turn came together with the end
+                self._used[bulk] -= n
+            turn.cancel()
+            self._admit_waiting()
+            if isinstance(error, TimeoutError):
+                raise DeadlineExceeded("the deadline passed while waiting for room") from None
+            raise
+
+    def _admit_waiting(self) -> None:
+        while self._waiting:
+            n, bulk, turn = self._waiting[0]
+            if not turn.done():
+                if not self._fits(n, bulk):
+                    return
+                self._used[bulk] += n
+                turn.set_result(None)
+            self._waiting.popleft()
+
+
+@dataclass(slots=True)
+class _Group:
+    """The inputs of one modality in one request, with their places in it."""
+
+    modality: str
+    places: list[int] = field(default_factory=list)
+    inputs: list[Message] = field(default_factory=list)
+    plan: _Plan | None = None
+    outcomes: Sequence[_Outcome] = ()
+
+
+class _Models:
+    """The `models` of a response, each once."""
+
+    def __init__(self, response: gateway_pb2.EmbedResponse) -> None:
+        self._table = response.models
+        self._by_object: dict[int, int] = {}
+
+    def index(self, ref: pb.ModelRef) -> int:
+        """Find or add `ref`, which the caller keeps alive meanwhile."""
+        found = self._by_object.get(id(ref))  # most often it is one and the same object
+        if found is None:
+            found = next((i for i, known in enumerate(self._table) if known == ref), len(self._table))
+            if found == len(self._table):
+                self._table.append(ref)
+            self._by_object[id(ref)] = found
+        return found
+
+
+class Router:
+    """Answers requests from cache and encoders.
+
+    Args:
+        catalog: Knows the models.
+        upstreams: Encoders by modality.
+        cache: Vectors by content.
+        metrics: Counts inputs and times stages.
+        max_inputs: Most inputs in one request.
+        max_inflight_inputs: See `Admission`.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        upstreams: Mapping[str, Upstream],
+        cache: VectorCache,
+        metrics: GatewayMetrics,
+        *,
+        max_inputs: int,
+        max_inflight_inputs: int,
+    ) -> None:
+        self._catalog, self._upstreams, self._cache, self._metrics = catalog, upstreams, cache, metrics
+        self._max_inputs = max_inputs
+        self._admission = Admission(max_inflight_inputs, metrics)
+        self._flights: dict[bytes, _Flight] = {}
+
+    def __repr__(self) -> str:
+        return f"<Router flights={len(self._flights)} {self._admission!r} {self._cache!r} {self._catalog!r}>"
+
+    async def embed(
+        self,
+        request: gateway_pb2.EmbedRequest,
+        *,
+        deadline: float,
+        priority: pb.Priority.ValueType,
+        patient: bool = False,
+    ) -> gateway_pb2.EmbedResponse:
+        """Answer one request; `results[i]` of the response answers `inputs[i]`.
+
+        Args:
+            request: As it came.
+            deadline: In seconds of the running loop's clock; `math.inf` for none.
+            priority: What an unset priority means.
+            patient: Sit overload out until the deadline instead of refusing (bulk streams).
+
+        Raises:
+            InvalidArgument: The request breaks the contract.
+            Overloaded: The gateway is full.
+            EmbedMeshError: No input could be tried, all for the same reason.
+        """
+        self._check(request)
+        priority = request.priority or priority
+        bulk = priority == pb.PRIORITY_BULK
+        async with self._admission.hold(len(request.inputs), bulk=bulk, patient=patient, deadline=deadline):
+            groups: dict[str, _Group] = {}
+            for place, given in enumerate(request.inputs):
+                modality = given.WhichOneof("modality")
+                if modality is not None:
+                    group = groups.setdefault(modality, _Group(modality))
+                    group.places.append(place)
+                    group.inputs.append(getattr(given, modality))
+            await self._plan(request, groups.values(), priority=priority, patient=patient, deadline=deadline)
+            await _together(*(self._answer(group) for group in groups.values() if group.plan is not None))
+            return self._assemble(request, list(groups.values()))
+
+    def _check(self, request: gateway_pb2.EmbedRequest) -> None:
+        if len(request.inputs) > self._max_inputs:
+            raise InputTooLarge.over("the request", len(request.inputs), self._max_inputs, "inputs", field="inputs")
+        for option, known in (
+            ("truncation", pb.Truncation.values()),
+            ("priority", pb.Priority.values()),
+            ("cache", gateway_pb2.CachePolicy.values()),
+        ):
+            if getattr(request, option) not in known:
+                raise InvalidRequest(f"unknown value {getattr(request, option)}", field=option)
+
+    # Planning.
+
+    async def _plan(
+        self,
+        request: gateway_pb2.EmbedRequest,
+        groups: Any,
+        *,
+        priority: pb.Priority.ValueType,
+        patient: bool,
+        deadline: float,
+    ) -> None:
+        """Choose a model for every group; a group that cannot be served gets its error as outcome."""
+
+        async def plan(group: _Group) -> None:
+            try:
+                info = await self._catalog.resolve(group.modality, request.model, deadline)
+                group.plan = _plan_for(
+                    info, group.modality, request, priority=priority, patient=patient, deadline=deadline
+                )
+            except EmbedMeshError as error:
+                group.outcomes = [error] * len(group.inputs)
+
+        await _together(*(plan(group) for group in groups))
+        spaces = {group.plan.info.model.space: group.modality for group in groups if group.plan is not None}
+        if request.model and len(spaces) > 1:
+            # Whoever names one model for several modalities means to compare the vectors.
+            raise InvalidRequest(
+                f"{request.model!r} puts {' and '.join(sorted(spaces.values()))} into different spaces, "
+                "where vectors cannot be compared; ask for them one by one",
+                field="model",
+            )
+
+    # Answering.
+
+    async def _answer(self, group: _Group) -> None:
+        plan = group.plan
+        assert plan is not None  # noqa: S101  (the caller picked planned groups)
+        if plan.policy == gateway_pb2.CACHE_POLICY_BYPASS:
+            with self._stage("upstream"):
+                outcomes: dict[int, _Outcome] = {}
+                await self._compute(plan, list(enumerate(group.inputs)), outcomes.update)
+            group.outcomes = [outcomes[i] for i in range(len(group.inputs))]
+            return
+        keys = await _keys(plan, group.inputs)
+        wanted: dict[bytes, Message] = {}
+        for key, item in zip(keys, group.inputs, strict=True):
+            wanted.setdefault(key, item)
+        found = await self._obtain(plan, wanted)
+        group.outcomes = [found[key] for key in keys]
+
+    async def _obtain(self, plan: _Plan, wanted: Mapping[bytes, Message]) -> dict[bytes, _Outcome]:
+        found: dict[bytes, _Outcome] = {}
+        if not plan.fresh:
+            found |= self._hits(plan, wanted, self._cache.from_memory(list(wanted)))
+        lead: dict[bytes, Message] = {}
+        follow: dict[bytes, _Flight] = {}
+        for key, item in wanted.items():
+            if key not in found:
+                flight = self._flights.get(key)
+                if flight is not None and flight.serves(plan):
+                    follow[key] = flight
+                else:
+                    lead[key] = item
+        self._metrics.cache_lookups.labels("inflight", "hit").inc(len(follow))
+        self._metrics.cache_lookups.labels("inflight", "miss").inc(len(lead))
+        parts = []
+        if lead:
+            loop = asyncio.get_running_loop()
+            led = {key: _Flight(plan, loop.create_future()) for key in lead}
+            self._flights |= led
+            parts.append(self._lead(plan, lead, led))
+        if follow:
+            parts.append(self._follow(plan, {key: wanted[key] for key in follow}, follow))
+        for part in await _together(*parts):
+            found |= part
+        return found
+
+    def _hits(self, plan: _Plan, keys: Any, payloads: Sequence[bytes | None]) -> dict[bytes, _Outcome]:
+        """Read cached payloads; those that lack a wanted kind or make no sense are misses."""
+        hits: dict[bytes, _Outcome] = {}
+        for key, payload in zip(keys, payloads, strict=True):
+            if payload is None:
+                continue
+            try:
+                result = pb.EmbedResult.FromString(payload)
+            except DecodeError:
+                self._cache.discard(key)
+                continue
+            if not _is_whole(result, plan.info):
+                self._cache.discard(key)
+            elif _has(result.embedding, plan.kinds):
+                hits[key] = Answer(result, plan.info.model, cached=True)
+        return hits
+
+    async def _lead(
+        self, plan: _Plan, items: Mapping[bytes, Message], flights: Mapping[bytes, _Flight]
+    ) -> dict[bytes, _Outcome]:
+        found: dict[bytes, _Outcome] = {}
+
+        def land(part: Mapping[bytes, _Outcome]) -> None:
+            found.update(part)
+            for key, outcome in part.items():
+                self._end(key, flights[key], outcome)
+
+        def land_computed(part: Mapping[bytes, _Outcome]) -> None:
+            self._keep(plan, items, part)
+            land(part)
+
+        try:
+            if not plan.fresh:
+                with self._stage("cache_get"):
+                    payloads = await self._cache.from_redis(list(items))
+                land(self._hits(plan, items, payloads))
+            missing = [(key, item) for key, item in items.items() if key not in found]
+            if missing:
+                with self._stage("upstream"):
+                    await self._compute(plan, missing, land_computed)
+        finally:
+            # Cancelled, or a defect: followers see to themselves.
+            for key, flight in flights.items():
+                if not flight.landed.done():
+                    self._end(key, flight, None)
+        return found
+
+    def _end(self, key: bytes, flight: _Flight, outcome: _Outcome | None) -> None:
+        if self._flights.get(key) is flight:  # a more urgent caller may have taken the place
+            del self._flights[key]
+        flight.landed.set_result(outcome)
+
+    async def _follow(
+        self, plan: _Plan, items: Mapping[bytes, Message], flights: Mapping[bytes, _Flight]
+    ) -> dict[bytes, _Outcome]:
+        left = plan.deadline - asyncio.get_running_loop().time()
+        await asyncio.wait(
+            {flight.landed for flight in flights.values()}, timeout=None if left == float("inf") else max(0.0, left)
+        )
+        found: dict[bytes, _Outcome] = {}
+        again: dict[bytes, Message] = {}
+        for key, flight in flights.items():
+            if not flight.landed.done():
+                found[key] = DeadlineExceeded("the deadline passed while the vector was being computed")
+                continue
+            outcome = flight.landed.result()
+            # The leader's haste and deadline are not ours.
+            if (
+                outcome is None
+                or isinstance(outcome, DeadlineExceeded)
+                or (plan.patient and isinstance(outcome, Overloaded))
+            ):
+                again[key] = items[key]
+            else:
+                found[key] = outcome
+        return found | await self._obtain(plan, again) if again else found
+
+    async def _compute(self, plan: _Plan, items: Sequence[tuple[Any, Message]], land: Any) -> None:
+        """Send items to the encoders, split into calls; `land` gets each call's outcomes as they come."""
+        upstream = self._upstreams[plan.modality]
+        calls, too_large = _split(items, plan, upstream.max_message_bytes - _MESSAGE_SLACK)
+        if too_large:
+            land(too_large)
+
+        async def call(part: Sequence[tuple[Any, Message]]) -> None:
+            outcomes = await self._call(plan, upstream, [item for _, item in part])
+            land({key: outcome for (key, _), outcome in zip(part, outcomes, strict=True)})
+
+        await _together(*(call(part) for part in calls))
+
+    async def _call(self, plan: _Plan, upstream: Upstream, inputs: Sequence[Message]) -> Sequence[_Outcome]:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                answers = await upstream.embed(
+                    inputs,
+                    model=plan.model,
+                    kinds=sorted(plan.fetched),
+                    truncation=plan.truncation,
+                    priority=plan.priority,
+                    deadline=plan.deadline,
+                )
+            except Overloaded as error:
+                pause = error.retry_after or 0.1
+                if not plan.patient or loop.time() + pause >= plan.deadline:
+                    return [error] * len(inputs)
+                await asyncio.sleep(pause)
+            except EmbedMeshError as error:
+                return [error] * len(inputs)
+            else:
+                return [self._verified(plan, answer) for answer in answers]
+
+    def _verified(self, plan: _Plan, answer: Answer) -> Answer:
+        """Hold an encoder's answer against the catalog."""
+        if answer.result.HasField("error"):
+            return answer
+        if answer.model != plan.info.model:
+            # A rolling upgrade: replicas disagree. The vector is right, it only belongs to another key.
+            self._catalog.refresh(plan.modality)
+            if "@" in plan.model:
+                return broken(plan.modality, f"gave revision {answer.model.revision} instead of the one asked for")
+        elif not _is_whole(answer.result, plan.info):
+            return broken(plan.modality, "gave a vector of the wrong width")
+        if not _has(answer.result.embedding, plan.kinds):
+            return broken(plan.modality, "left out a kind of vector that was asked for")
+        return answer
+
+    def _keep(self, plan: _Plan, items: Mapping[bytes, Message], outcomes: Mapping[bytes, _Outcome]) -> None:
+        with self._stage("cache_set"):
+            kept: list[tuple[bytes, bytes]] = []
+            for key, outcome in outcomes.items():
+                if isinstance(outcome, EmbedMeshError) or outcome.result.HasField("error"):
+                    continue
+                made_by = outcome.model
+                if made_by.revision != plan.info.model.revision or made_by.space != plan.info.model.space:
+                    key = cache_key(made_by, plan.modality, plan.truncation, items[key])  # noqa: PLW2901
+                kept.append((key, outcome.result.SerializeToString()))
+            self._cache.set_many(kept)
+
+    # Assembling.
+
+    def _assemble(self, request: gateway_pb2.EmbedRequest, groups: Sequence[_Group]) -> gateway_pb2.EmbedResponse:
+        _raise_if_nothing_was_tried([outcome for group in groups for outcome in group.outcomes], len(request.inputs))
+        with self._stage("finish"):
+            response = gateway_pb2.EmbedResponse()
+            results = [response.results.add() for _ in request.inputs]
+            models = _Models(response)
+            for group in groups:
+                for place, outcome in zip(group.places, group.outcomes, strict=True):
+                    result = results[place]
+                    if isinstance(outcome, EmbedMeshError):
+                        result.error.CopyFrom(to_status(outcome))
+                    else:
+                        result.CopyFrom(outcome.result)
+                        if result.HasField("embedding"):
+                            result.model_index = models.index(outcome.model)
+                            result.cached = outcome.cached
+                if group.plan is not None:
+                    _finish(group.plan, [results[place] for place in group.places])
+            for place, result in enumerate(results):
+                if result.WhichOneof("outcome") is None:
+                    error = InvalidRequest("the input holds no text, image or audio", field=f"inputs[{place}]")
+                    result.error.CopyFrom(to_status(error))
+            self._count(response, results, groups)
+        return response
+
+    def _count(
+        self,
+        response: gateway_pb2.EmbedResponse,
+        results: Sequence[pb.EmbedResult],
+        groups: Sequence[_Group],
+    ) -> None:
+        modalities = {place: group.modality for group in groups for place in group.places}
+        units = cached = failed = 0
+        ok: Counter[str] = Counter()
+        for place, result in enumerate(results):
+            modality = modalities.get(place, "none")
+            if result.HasField("error"):
+                failed += 1
+                _point_at(result.error, place)
+                error = from_status(result.error)
+                self._metrics.inputs.labels(modality, error.reason or error.code.name).inc()
+                continue
+            ok[modality] += 1
+            units += result.input_units
+            cached += result.cached
+            if result.truncated:
+                self._metrics.truncated_inputs.labels(response.models[result.model_index].name).inc()
+        response.usage.input_units = units
+        response.usage.cached_inputs = cached
+        response.usage.failed_inputs = failed
+        for modality, n in ok.items():
+            self._metrics.inputs.labels(modality, "ok").inc(n)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._metrics.stage_seconds.labels(name).observe(time.perf_counter() - start)
+
+
+async def _together(*coroutines: Any) -> list[Any]:
+    """Run coroutines at once and wait for all; cancelling cancels all. One alone needs no task."""
+    if len(coroutines) == 1:
+        return [await coroutines[0]]
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    return [task.result() for task in tasks]
+
+
+def _plan_for(
+    info: catalog_pb2.ModelInfo,
+    modality: str,
+    request: gateway_pb2.EmbedRequest,
+    *,
+    priority: pb.Priority.ValueType,
+    patient: bool,
+    deadline: float,
+) -> _Plan:
+    """Hold the request against what the model offers.
+
+    Raises:
+        UnsupportedOutput: Kind, width or dtype is not offered.
+    """
+    wish = request.output
+    kinds = frozenset(wish.kinds or (pb.EMBEDDING_KIND_DENSE,))
+    if not kinds <= set(info.kinds):
+        raise UnsupportedOutput(
+            f"model {info.model.name!r} does not make "
+            + " or ".join(_name(pb.EmbeddingKind, kind) for kind in sorted(kinds - set(info.kinds))),
+            field="output.kinds",
+            metadata={"option": "kinds"},
+        )
+    widths = {0, info.dimensions, *info.truncatable_dimensions}
+    if wish.dimensions not in widths:
+        raise UnsupportedOutput(
+            f"model {info.model.name!r} gives {', '.join(map(str, sorted(widths - {0})))} dimensions, "
+            f"not {wish.dimensions}",
+            field="output.dimensions",
+            metadata={"option": "dimensions"},
+        )
+    full = wish.dimensions in (0, info.dimensions)
+    normalize = wish.normalize if wish.HasField("normalize") else info.normalized
+    return _Plan(
+        modality=modality,
+        info=info,
+        # An unset model stays unset, so that replicas with another default answer with theirs.
+        model=request.model if "@" in request.model else info.model.name if request.model else "",
+        kinds=kinds,
+        output=DenseOutput(0 if full else wish.dimensions, normalize, wish.dtype or pb.DTYPE_FLOAT32),
+        untouched=full and normalize == info.normalized and wish.dtype in (pb.DTYPE_UNSPECIFIED, pb.DTYPE_FLOAT32),
+        truncation=request.truncation or pb.TRUNCATION_END,
+        policy=request.cache,
+        priority=priority,
+        patient=patient,
+        deadline=deadline,
+    )
+
+
+def _name(enum: Any, value: int) -> str:
+    return str(enum.Name(value)) if value in enum.values() else str(value)
+
+
+def cache_key(model: pb.ModelRef, modality: str, truncation: pb.Truncation.ValueType, item: Message) -> bytes:
+    """Name the full-width vector of one input: all that changes it, and nothing else.
+
+    Args:
+        model: Revision and space count, the name does not.
+        modality: "text", "image" or "audio".
+        truncation: As applied, never unspecified.
+        item: TextInput, ImageInput or AudioInput.
+
+    Returns:
+        "em1:" and 16 bytes of BLAKE2b over the parts, each preceded by its length, so that no
+        two different lists of parts run together into the same bytes.
+    """
+    return _key(_key_prefix(model, modality, truncation), item)
+
+
+def _key_prefix(model: pb.ModelRef, modality: str, truncation: pb.Truncation.ValueType) -> Any:
+    parts = (model.revision, model.space, modality, str(truncation))
+    return hashlib.blake2b(_joined(*(part.encode() for part in parts)), digest_size=16)
+
+
+def _key(prefix: Any, item: Any) -> bytes:
+    if isinstance(item, text_pb2.TextInput):
+        parts = _joined(b"%d" % item.role, item.instruction.encode(), item.text.encode())
+    elif isinstance(item, audio_pb2.AudioInput) and item.WhichOneof("source") == "pcm":
+        samples = item.pcm.samples
+        shape = ",".join(map(str, samples.shape))
+        form = f"pcm {item.pcm.sample_rate_hz} {samples.dtype} {samples.scale} {shape}"
+        parts = _joined(form.encode(), samples.data)
+    else:
+        parts = _joined(item.content)
+    digest = prefix.copy()
+    digest.update(parts)
+    return b"em1:" + bytes(digest.digest())
+
+
+def _joined(*parts: bytes) -> bytes:
+    return b"".join([piece for part in parts for piece in (len(part).to_bytes(8, "little"), part)])
+
+
+async def _keys(plan: _Plan, items: Sequence[Message]) -> list[bytes]:
+    prefix = _key_prefix(plan.info.model, plan.modality, plan.truncation)
+
+    def hashed() -> list[bytes]:
+        return [_key(prefix, item) for item in items]
+
+    # Cheap for texts; a request full of pictures would hold the loop up, and hashlib lets other threads run.
+    if plan.modality == "text" or sum(item.ByteSize() for item in items) <= _HASH_INLINE_BYTES:
+        return hashed()
+    return await asyncio.to_thread(hashed)
+
+
+def _split(
+    items: Sequence[tuple[Any, Message]], plan: _Plan, room: int
+) -> tuple[list[list[tuple[Any, Message]]], dict[Any, _Outcome]]:
+    """Split into calls of at most `max_inputs` inputs whose requests and responses fit into `room` bytes.
+
+    Returns:
+        The calls, and the outcomes of inputs that fit into none.
+    """
+    info = plan.info
+    answer = 4 * info.dimensions + 256
+    if pb.EMBEDDING_KIND_MULTI_VECTOR in plan.fetched:
+        answer += 4 * info.dimensions * info.max_input_units
+    most = max(1, min(info.max_inputs or _DEFAULT_MAX_INPUTS, room // answer))
+    calls: list[list[tuple[Any, Message]]] = []
+    too_large: dict[Any, _Outcome] = {}
+    size = 0
+    for key, item in items:
+        own = item.ByteSize() + 16
+        if own > room:
+            error = InputTooLarge.over("the input", own, room, "bytes", field="inputs[0]")
+            too_large[key] = Answer(pb.EmbedResult(error=to_status(error)), pb.ModelRef())
+            continue
+        if not calls or len(calls[-1]) >= most or size + own > room:
+            calls.append([])
+            size = 0
+        calls[-1].append((key, item))
+        size += own
+    return calls, too_large
+
+
+def _has(embedding: pb.Embedding, kinds: Iterable[pb.EmbeddingKind.ValueType]) -> bool:
+    return all(embedding.HasField(_FIELDS[kind]) for kind in kinds)
+
+
+def _is_whole(result: pb.EmbedResult, info: catalog_pb2.ModelInfo) -> bool:
+    if not result.HasField("embedding"):
+        return False
+    embedding = result.embedding
+    return not embedding.HasField("dense") or (
+        is_vector(embedding.dense) and embedding.dense.shape[0] == info.dimensions
+    )
+
+
+def _raise_if_nothing_was_tried(outcomes: Sequence[_Outcome], expected: int) -> None:
+    """Fail the call when every input failed with its call to an encoder, and all for the same reason."""
+    failures = [outcome for outcome in outcomes if isinstance(outcome, EmbedMeshError)]
+    if not failures or len(failures) < expected or len({(e.code, e.reason) for e in failures}) > 1:
+        return
+    raise max(failures, key=lambda error: error.retry_after or 0)
+
+
+def _point_at(status: status_pb2.Status, place: int) -> None:
+    """Make an error of an encoder, which counts inputs in its own call, point at the caller's input."""
+    violations = error_details_pb2.BadRequest()
+    for detail in status.details:
+        if detail.Is(violations.DESCRIPTOR):
+            detail.Unpack(violations)
+            for violation in violations.field_violations:
+                violation.field = _FIRST_INDEX.sub(f"inputs[{place}]", violation.field)
+            detail.Pack(violations)
+
+
+def _finish(plan: _Plan, results: Sequence[pb.EmbedResult]) -> None:
+    """Leave what the caller asked for of each result: kinds, then width, normalisation and dtype."""
+    good = [result for result in results if result.HasField("embedding")]
+    for kind in plan.unwanted():
+        for result in good:
+            result.embedding.ClearField(_FIELDS[kind])
+    if plan.untouched or pb.EMBEDDING_KIND_DENSE not in plan.kinds:
+        return
+    by_width: dict[int, list[pb.EmbedResult]] = {}
+    for result in good:
+        by_width.setdefault(len(result.embedding.dense.data), []).append(result)
+    for size, alike in by_width.items():
+        rows = np.frombuffer(b"".join([r.embedding.dense.data for r in alike]), "<f4").reshape(-1, size // 4)
+        norms = np.array([r.embedding.dense_norm for r in alike], np.float32) if plan.info.normalized else None
+        tensors = [result.embedding.dense for result in alike]
+        for tensor in tensors:
+            tensor.Clear()
+        finish_dense(rows, norms, plan.output, tensors)
+        if norms is not None and not plan.output.normalize:
+            for result, row, norm in zip(alike, rows, norms, strict=True):
+                if norm == 0 and row.any():
+                    result.CopyFrom(broken(plan.modality, "did not tell the norm, so it cannot be undone").result)
