@@ -235,7 +235,7 @@ class Mesh:
             is_serving=role.is_serving,
             log=self.log_dir / f"{role.name}.log",
             # onnxruntime >= 1.29 reports to its maker unless told not to.
-            env={"ORT_DISABLE_TELEMETRY": "1", **os.environ, **self.options.env, **(env or {})},
+            env={**os.environ, **self.options.env, **(env or {})},
             restart=self.options.restart,
             on_change=lambda _: self._on_change(),
         )

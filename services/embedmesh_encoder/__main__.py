@@ -201,7 +201,8 @@ async def _load(spec: ModelSpec, settings: TextSettings, metrics: EncoderMetrics
     encoder = Encoder(spec, preparer, backend, metrics, options)
     try:
         # A short text, and one as long as the model reads.
-        await encoder.warm_up([TextItem("warm"), TextItem("warm " * spec.max_input_units)])
+        texts = ("warm", "warm " * spec.max_input_units)
+        await encoder.warm_up([TextItem(text[: settings.max_text_bytes]) for text in texts])
     except BaseException:
         await encoder.close()
         raise

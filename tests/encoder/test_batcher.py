@@ -613,6 +613,7 @@ async def test_close_fails_what_is_left_when_its_time_is_up(
             await future
     assert sample(registry, "queue_inputs", priority="interactive") == 0
     assert sample(registry, "dropped_inputs_total", reason="cancelled") == 1
+    model.gate.set()
     assert await batcher.close() is True  # nothing is left to wait for
 
 

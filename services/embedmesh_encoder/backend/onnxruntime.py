@@ -6,10 +6,14 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from embedmesh_encoder.model import MANIFEST, ModelError, ModelSpec
+
+# Since 1.29 the library reports to its maker and writes a device id, from its import on, unless told not to.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime as ort
 
 __all__ = ["OnnxRuntimeBackend"]
 
