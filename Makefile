@@ -6,7 +6,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo up test check check-style check-types check-imports check-contract check-package proto \
-        test-torch test-node lock clean
+        test-torch test-node bench lock clean
 
 PY := .venv/bin/python
 ARGS ?=
@@ -67,6 +67,9 @@ test-node: .venv/dev.stamp ## Call the gateway from JavaScript (needs node and n
 	@command -v node >/dev/null && command -v npm >/dev/null || \
 	  { echo "embedmesh: make test-node needs node and npm on PATH (Debian, Ubuntu: apt install nodejs npm)." >&2; exit 1; }
 	$(PY) -m pytest -m node $(ARGS)
+
+bench: .venv/dev.stamp ## Measure the text path against what the model alone can do, in one run
+	@$(PY) tests/bench/text.py
 
 lock: .venv/serve.stamp ## Lock the newest versions that pyproject.toml allows
 	$(PY) -m pip install --quiet --disable-pip-version-check --target .venv/uv --upgrade uv==0.13.9

@@ -16,12 +16,11 @@ and ending its flight, so no vector is computed twice within one gateway.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -39,20 +38,20 @@ from embedmesh.errors import (
     from_status,
     to_status,
 )
-from embedmesh.v1 import audio_pb2, catalog_pb2, gateway_pb2, text_pb2
+from embedmesh.v1 import catalog_pb2, gateway_pb2
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh.vectors import DenseOutput, finish_dense
+from embedmesh_gateway.admission import Admission
 from embedmesh_gateway.cache import VectorCache
 from embedmesh_gateway.catalog import Catalog
+from embedmesh_gateway.keys import cache_key, cache_keys
 from embedmesh_gateway.upstream import Answer, Upstream, broken, is_vector
 from embedmesh_server.metrics import GatewayMetrics
 
-__all__ = ["Admission", "Router", "cache_key"]
+__all__ = ["Router"]
 
 # Room in a message for what is not an input.
 _MESSAGE_SLACK: Final = 64 * 1024
-# Hashing more than this would hold the event loop for too long (blake2b: about 1 ms a MiB).
-_HASH_INLINE_BYTES: Final = 256 * 1024
 # Inputs a call may carry when the catalog names no limit.
 _DEFAULT_MAX_INPUTS: Final = 256
 _FIELDS: Final[dict[pb.EmbeddingKind.ValueType, Any]] = {
@@ -114,87 +113,6 @@ class _Flight:
             and (self.plan.fresh or not plan.fresh)
             and self.plan.fetched >= plan.kinds
         )
-
-
-class Admission:
-    """Inputs in service, bounded; bulk work gets at most half, so that interactive work always finds room.
-
-    Args:
-        limit: The most inputs in service. A single request always fits when nothing else is in service.
-        metrics: Counts refusals.
-    """
-
-    def __init__(self, limit: int, metrics: GatewayMetrics) -> None:
-        self._limits = {True: max(1, limit // 2), False: limit}
-        self._metrics = metrics
-        self._used = {True: 0, False: 0}  # by "is bulk"
-        self._seconds = 0.1  # moving average of a request's time in service
-        self._waiting: deque[tuple[int, bool, asyncio.Future[None]]] = deque()
-
-    def __repr__(self) -> str:
-        return f"<Admission inputs={self.inputs}/{self._limits[False]} waiting={len(self._waiting)}>"
-
-    @property
-    def inputs(self) -> int:
-        """Inputs in service now."""
-        return sum(self._used.values())
-
-    def _fits(self, n: int, bulk: bool) -> bool:
-        if bulk and self._used[True] and self._used[True] + n > self._limits[True]:
-            return False
-        return not self.inputs or self.inputs + n <= self._limits[False]
-
-    @asynccontextmanager
-    async def hold(self, n: int, *, bulk: bool, patient: bool, deadline: float) -> AsyncIterator[None]:
-        """Keep room for `n` inputs; when there is none, refuse, or wait until `deadline` when `patient`.
-
-        Raises:
-            Overloaded: With the time in which a request is usually served.
-            DeadlineExceeded: No room came free in time.
-        """
-        if self._fits(n, bulk) and not (patient and self._waiting):
-            self._used[bulk] += n
-        elif patient:
-            await self._wait(n, bulk, deadline)
-        else:
-            self._metrics.refused_inputs.inc(n)
-            raise Overloaded(
-                f"{self.inputs} inputs are in service, {n} more do not fit",
-                retry_after=min(max(self._seconds, 0.05), 5.0),
-            )
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self._seconds += 0.1 * (time.monotonic() - start - self._seconds)
-            self._used[bulk] -= n
-            self._admit_waiting()
-
-    async def _wait(self, n: int, bulk: bool, deadline: float) -> None:
-        loop = asyncio.get_running_loop()
-        turn: asyncio.Future[None] = loop.create_future()
-        self._waiting.append((n, bulk, turn))
-        try:
-            async with asyncio.timeout_at(deadline):
-                await turn
-        except BaseException as error:
-            if turn.done() and not turn.cancelled():  # the turn came together with the end
-                self._used[bulk] -= n
-            turn.cancel()
-            self._admit_waiting()
-            if isinstance(error, TimeoutError):
-                raise DeadlineExceeded("the deadline passed while waiting for room") from None
-            raise
-
-    def _admit_waiting(self) -> None:
-        while self._waiting:
-            n, bulk, turn = self._waiting[0]
-            if not turn.done():
-                if not self._fits(n, bulk):
-                    return
-                self._used[bulk] += n
-                turn.set_result(None)
-            self._waiting.popleft()
 
 
 @dataclass(slots=True)
@@ -346,7 +264,7 @@ class Router:
                 await self._compute(plan, list(enumerate(group.inputs)), outcomes.update)
             group.outcomes = [outcomes[i] for i in range(len(group.inputs))]
             return
-        keys = await _keys(plan, group.inputs)
+        keys = await cache_keys(plan.info.model, plan.modality, plan.truncation, group.inputs)
         wanted: dict[bytes, Message] = {}
         for key, item in zip(keys, group.inputs, strict=True):
             wanted.setdefault(key, item)
@@ -643,58 +561,6 @@ def _plan_for(
 
 def _name(enum: Any, value: int) -> str:
     return str(enum.Name(value)) if value in enum.values() else str(value)
-
-
-def cache_key(model: pb.ModelRef, modality: str, truncation: pb.Truncation.ValueType, item: Message) -> bytes:
-    """Name the full-width vector of one input: all that changes it, and nothing else.
-
-    Args:
-        model: Revision and space count, the name does not.
-        modality: "text", "image" or "audio".
-        truncation: As applied, never unspecified.
-        item: TextInput, ImageInput or AudioInput.
-
-    Returns:
-        "em1:" and 16 bytes of BLAKE2b over the parts, each preceded by its length, so that no
-        two different lists of parts run together into the same bytes.
-    """
-    return _key(_key_prefix(model, modality, truncation), item)
-
-
-def _key_prefix(model: pb.ModelRef, modality: str, truncation: pb.Truncation.ValueType) -> Any:
-    parts = (model.revision, model.space, modality, str(truncation))
-    return hashlib.blake2b(_joined(*(part.encode() for part in parts)), digest_size=16)
-
-
-def _key(prefix: Any, item: Any) -> bytes:
-    if isinstance(item, text_pb2.TextInput):
-        parts = _joined(b"%d" % item.role, item.instruction.encode(), item.text.encode())
-    elif isinstance(item, audio_pb2.AudioInput) and item.WhichOneof("source") == "pcm":
-        samples = item.pcm.samples
-        shape = ",".join(map(str, samples.shape))
-        form = f"pcm {item.pcm.sample_rate_hz} {samples.dtype} {samples.scale} {shape}"
-        parts = _joined(form.encode(), samples.data)
-    else:
-        parts = _joined(item.content)
-    digest = prefix.copy()
-    digest.update(parts)
-    return b"em1:" + bytes(digest.digest())
-
-
-def _joined(*parts: bytes) -> bytes:
-    return b"".join([piece for part in parts for piece in (len(part).to_bytes(8, "little"), part)])
-
-
-async def _keys(plan: _Plan, items: Sequence[Message]) -> list[bytes]:
-    prefix = _key_prefix(plan.info.model, plan.modality, plan.truncation)
-
-    def hashed() -> list[bytes]:
-        return [_key(prefix, item) for item in items]
-
-    # Cheap for texts; a request full of pictures would hold the loop up, and hashlib lets other threads run.
-    if plan.modality == "text" or sum(item.ByteSize() for item in items) <= _HASH_INLINE_BYTES:
-        return hashed()
-    return await asyncio.to_thread(hashed)
 
 
 def _split(

@@ -9,6 +9,7 @@ import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, NoReturn
 
 import grpc
@@ -80,8 +81,12 @@ class Boundary(grpc.aio.ServerInterceptor):
             stream: Callable[..., Any] = handler.stream_stream
 
             async def serve_stream(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-                async with _Call(self._metrics, service, method, call_id, context):
-                    async for response in stream(requests, context):
+                # Closed here and not by the garbage collector, so that a stream that is left cleans up at once.
+                async with (
+                    _Call(self._metrics, service, method, call_id, context),
+                    aclosing(stream(requests, context)) as responses,
+                ):
+                    async for response in responses:
                         yield response
 
             return grpc.stream_stream_rpc_method_handler(

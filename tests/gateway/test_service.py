@@ -311,7 +311,7 @@ async def test_a_defect_is_hidden_and_hurts_one_chunk(
             raise RuntimeError("secret text")
         return b"em1:" + str(args[1].text).encode()
 
-    monkeypatch.setattr("embedmesh_gateway.router._key", defect)
+    monkeypatch.setattr("embedmesh_gateway.keys._key", defect)
     requests = [chunk(mesh, 1, ["defect"]), chunk(mesh, 2, ["a"])]
     answers = await collect(mesh.gateway.EmbedStream(iter(requests), timeout=20))
     error = from_status(answers[1].error)

@@ -1,0 +1,95 @@
+"""How many inputs the gateway serves at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from embedmesh.errors import DeadlineExceeded, Overloaded
+from embedmesh_server.metrics import GatewayMetrics
+
+__all__ = ["Admission"]
+
+
+class Admission:
+    """Inputs in service, bounded; bulk work gets at most half, so that interactive work always finds room.
+
+    Args:
+        limit: The most inputs in service. A single request always fits when nothing else is in service.
+        metrics: Counts refusals.
+    """
+
+    def __init__(self, limit: int, metrics: GatewayMetrics) -> None:
+        self._limits = {True: max(1, limit // 2), False: limit}
+        self._metrics = metrics
+        self._used = {True: 0, False: 0}  # by "is bulk"
+        self._seconds = 0.1  # moving average of a request's time in service
+        self._waiting: deque[tuple[int, bool, asyncio.Future[None]]] = deque()
+
+    def __repr__(self) -> str:
+        return f"<Admission inputs={self.inputs}/{self._limits[False]} waiting={len(self._waiting)}>"
+
+    @property
+    def inputs(self) -> int:
+        """Inputs in service now."""
+        return sum(self._used.values())
+
+    def _fits(self, n: int, bulk: bool) -> bool:
+        if bulk and self._used[True] and self._used[True] + n > self._limits[True]:
+            return False
+        return not self.inputs or self.inputs + n <= self._limits[False]
+
+    @asynccontextmanager
+    async def hold(self, n: int, *, bulk: bool, patient: bool, deadline: float) -> AsyncIterator[None]:
+        """Keep room for `n` inputs; when there is none, refuse, or wait until `deadline` when `patient`.
+
+        Raises:
+            Overloaded: With the time in which a request is usually served.
+            DeadlineExceeded: No room came free in time.
+        """
+        if self._fits(n, bulk) and not (patient and self._waiting):
+            self._used[bulk] += n
+        elif patient:
+            await self._wait(n, bulk, deadline)
+        else:
+            self._metrics.refused_inputs.inc(n)
+            raise Overloaded(
+                f"{self.inputs} inputs are in service, {n} more do not fit",
+                retry_after=min(max(self._seconds, 0.05), 5.0),
+            )
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds += 0.1 * (time.monotonic() - start - self._seconds)
+            self._used[bulk] -= n
+            self._admit_waiting()
+
+    async def _wait(self, n: int, bulk: bool, deadline: float) -> None:
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
+        self._waiting.append((n, bulk, turn))
+        try:
+            async with asyncio.timeout_at(deadline):
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():  # the turn came together with the end
+                self._used[bulk] -= n
+            turn.cancel()
+            self._admit_waiting()
+            if isinstance(error, TimeoutError):
+                raise DeadlineExceeded("the deadline passed while waiting for room") from None
+            raise
+
+    def _admit_waiting(self) -> None:
+        while self._waiting:
+            n, bulk, turn = self._waiting[0]
+            if not turn.done():
+                if not self._fits(n, bulk):
+                    return
+                self._used[bulk] += n
+                turn.set_result(None)
+            self._waiting.popleft()

@@ -1,0 +1,73 @@
+"""Names of vectors in the cache."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Final
+
+from google.protobuf.message import Message
+
+from embedmesh.v1 import audio_pb2, text_pb2
+from embedmesh.v1 import embedding_pb2 as pb
+
+__all__ = ["cache_key", "cache_keys"]
+
+# Hashing more than this would hold the event loop for too long (blake2b: about 1 ms a MiB).
+_INLINE_BYTES: Final = 256 * 1024
+
+
+def cache_key(model: pb.ModelRef, modality: str, truncation: pb.Truncation.ValueType, item: Message) -> bytes:
+    """Name the full-width vector of one input: all that changes it, and nothing else.
+
+    Args:
+        model: Revision and space count, the name does not.
+        modality: "text", "image" or "audio".
+        truncation: As applied, never unspecified.
+        item: TextInput, ImageInput or AudioInput.
+
+    Returns:
+        "em1:" and 16 bytes of BLAKE2b over the parts, each preceded by its length, so that no
+        two different lists of parts run together into the same bytes.
+    """
+    return _key(_prefix(model, modality, truncation), item)
+
+
+async def cache_keys(
+    model: pb.ModelRef, modality: str, truncation: pb.Truncation.ValueType, items: Sequence[Message]
+) -> list[bytes]:
+    """Give the `cache_key` of every input of a request, without holding up the event loop."""
+    prefix = _prefix(model, modality, truncation)
+
+    def hashed() -> list[bytes]:
+        return [_key(prefix, item) for item in items]
+
+    # Cheap for texts; a request full of pictures would take long, and hashlib lets other threads run.
+    if modality == "text" or sum(item.ByteSize() for item in items) <= _INLINE_BYTES:
+        return hashed()
+    return await asyncio.to_thread(hashed)
+
+
+def _prefix(model: pb.ModelRef, modality: str, truncation: pb.Truncation.ValueType) -> Any:
+    parts = (model.revision, model.space, modality, str(truncation))
+    return hashlib.blake2b(_joined(*(part.encode() for part in parts)), digest_size=16)
+
+
+def _key(prefix: Any, item: Any) -> bytes:
+    if isinstance(item, text_pb2.TextInput):
+        parts = _joined(b"%d" % item.role, item.instruction.encode(), item.text.encode())
+    elif isinstance(item, audio_pb2.AudioInput) and item.WhichOneof("source") == "pcm":
+        samples = item.pcm.samples
+        shape = ",".join(map(str, samples.shape))
+        form = f"pcm {item.pcm.sample_rate_hz} {samples.dtype} {samples.scale} {shape}"
+        parts = _joined(form.encode(), samples.data)
+    else:
+        parts = _joined(item.content)
+    digest = prefix.copy()
+    digest.update(parts)
+    return b"em1:" + bytes(digest.digest())
+
+
+def _joined(*parts: bytes) -> bytes:
+    return b"".join([piece for part in parts for piece in (len(part).to_bytes(8, "little"), part)])
