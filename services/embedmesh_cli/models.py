@@ -74,7 +74,7 @@ def list_models(
     for column in ("name", "revision", "space", "modality", "dims", "state", "where"):
         table.add_column(column, overflow="fold", no_wrap=column != "state")
     for row in rows:
-        table.add_row(row.name, row.revision[:12], row.space, row.modality, str(row.dimensions), row.state, row.where)
+        table.add_row(row.name, row.revision, row.space, row.modality, str(row.dimensions), row.state, row.where)
     console = Console()
     if not console.is_terminal:
         # For `grep` and `cut`: never wrap.
