@@ -51,16 +51,18 @@ async def flush_redis(_: Mesh, client: Any) -> None:
 async def spoil_redis(_: Mesh, client: Any) -> None:
     """Replace every value by rubbish, by another key's value, or by another type."""
     for step in range(10):
-        keys = [key async for key in client.scan_iter("em1:*", count=500)]
-        for i, key in enumerate(keys[:200]):
+        keys = [key async for key in client.scan_iter("em1:*", count=1000)]
+        pipeline = client.pipeline(transaction=False)
+        for i, key in enumerate(keys):
             match (i + step) % 3:
                 case 0:
-                    await client.set(key, b"\x01rubbish" * 20)
+                    pipeline.set(key, b"\x01rubbish" * 20)
                 case 1:
-                    await client.set(key, await client.get(keys[i - 1]) if i % 2 else b"")
+                    pipeline.copy(keys[i - 1], key, replace=True)
                 case _:
-                    await client.delete(key)
-                    await client.rpush(key, "a list")
+                    pipeline.delete(key)
+                    pipeline.rpush(key, "a list")
+        await pipeline.execute(raise_on_error=False)
         await asyncio.sleep(0.1)
 
 
