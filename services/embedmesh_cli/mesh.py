@@ -17,12 +17,13 @@ import tempfile
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 from embedmesh_cli.process import MeshError, Process, RestartPolicy
 
-__all__ = ["Mesh", "MeshError", "MeshOptions", "Role"]
+__all__ = ["MODALITIES", "Mesh", "MeshError", "MeshOptions", "Role"]
 
+MODALITIES: Final = ("text", "image", "audio")
 # A unix socket path may have 107 bytes; temporary folders of some systems leave no room.
 _LONGEST_SOCKET_FOLDER = 90
 
@@ -31,8 +32,11 @@ _LONGEST_SOCKET_FOLDER = 90
 class MeshOptions:
     """What runs, and where. Ports take 0 for any free one."""
 
-    text_models: tuple[Path, ...]
-    text_replicas: int = 1
+    text_models: tuple[Path, ...] = ()
+    image_models: tuple[Path, ...] = ()
+    audio_models: tuple[Path, ...] = ()
+    # How often the encoder of a modality runs, where not once: {"text": 2}.
+    replicas: Mapping[str, int] = field(default_factory=dict)
     host: str = "127.0.0.1"
     port: int = 0
     http_port: int = 0
@@ -45,6 +49,8 @@ class MeshOptions:
     # Further settings of a role, as its flags: {"cache_timeout_ms": 20} is --cache-timeout-ms=20.
     gateway: Mapping[str, object] = field(default_factory=dict)
     text: Mapping[str, object] = field(default_factory=dict)
+    image: Mapping[str, object] = field(default_factory=dict)
+    audio: Mapping[str, object] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
     start_seconds: float = 120.0
     # How long a role may take to finish what it has in flight before it is killed.
@@ -147,7 +153,7 @@ class Mesh:
         self._on_change = on_change
         self._folder = Path()
         self._redis: _EmbeddedRedis | None = None
-        self._text: list[Role] = []
+        self._encoders: dict[str, list[Role]] = {modality: [] for modality in MODALITIES}
         self._gateway: Role | None = None
         self.stopping = False
 
@@ -196,13 +202,9 @@ class Mesh:
             redis_url = self._redis.url
             first.append(self._run_redis(self._redis))
         common = {"config": options.config} if options.config else {}
-        for number in range(1, options.text_replicas + 1):
-            settings = {"port": 0, "http_port": 0, **self._threads(), **options.text, **common, "host": "127.0.0.1"}
-            words = ["text", *(f"--model={folder}" for folder in options.text_models)]
-            name = f"text-{number}" if options.text_replicas > 1 else "text"
-            role = Role(name, module="embedmesh_encoder", words=words, settings=settings, folder=self._folder)
-            self._text.append(role)
-            first.append(self._run(role))
+        for modality, roles in self._encoders.items():
+            roles.extend(self._encoder_roles(modality, common))
+            first += [self._run(role) for role in roles]
         try:
             async with asyncio.TaskGroup() as group:
                 for start in first:
@@ -216,17 +218,36 @@ class Mesh:
             "host": options.host,
             "port": options.port,
             "http_port": options.http_port,
-            "text_target": "ipv4:" + ",".join(role.grpc for role in self._text),
+            **{
+                f"{modality}_target": "ipv4:" + ",".join(role.grpc for role in roles)
+                for modality, roles in self._encoders.items()
+                if roles
+            },
         }
         self._gateway = Role("gateway", module="embedmesh_gateway", words=(), settings=settings, folder=self._folder)
         # Not a flag: the URL may hold a password, and everybody on the machine can read flags.
         await self._run(self._gateway, {"EMBEDMESH_GATEWAY_REDIS_URL": redis_url})
 
-    def _threads(self) -> dict[str, int]:
-        """Share the cores among replicas, which would each take all of them."""
-        if self.options.text_replicas == 1:
-            return {}
-        return {"threads": max(1, len(os.sched_getaffinity(0)) // self.options.text_replicas)}
+    def _encoder_roles(self, modality: str, common: Mapping[str, object]) -> list[Role]:
+        """The encoders of one modality: as many as replicas are wanted, none without models."""
+        models: tuple[Path, ...] = getattr(self.options, f"{modality}_models")
+        replicas = self.options.replicas.get(modality, 1) if models else 0
+        settings: dict[str, object] = {"port": 0, "http_port": 0}
+        if replicas > 1:
+            # Share the cores among replicas, which would each take all of them.
+            settings["threads"] = max(1, len(os.sched_getaffinity(0)) // replicas)
+        settings |= {**getattr(self.options, modality), **common, "host": "127.0.0.1"}
+        words = [modality, *(f"--model={folder}" for folder in models)]
+        return [
+            Role(
+                f"{modality}-{number}" if replicas > 1 else modality,
+                module="embedmesh_encoder",
+                words=words,
+                settings=settings,
+                folder=self._folder,
+            )
+            for number in range(1, replicas + 1)
+        ]
 
     async def _run(self, role: Role | _EmbeddedRedis, env: Mapping[str, str] | None = None) -> None:
         role.process = Process(
@@ -234,7 +255,6 @@ class Mesh:
             command=role.command,
             is_serving=role.is_serving,
             log=self.log_dir / f"{role.name}.log",
-            # onnxruntime >= 1.29 reports to its maker unless told not to.
             env={**os.environ, **self.options.env, **(env or {})},
             restart=self.options.restart,
             on_change=lambda _: self._on_change(),
@@ -261,7 +281,7 @@ class Mesh:
     async def stop(self) -> None:
         """Drain the gateway, then the encoders, then the cache; return when no process is left."""
         self.stopping = True
-        groups = ([self._gateway], self._text, [self._redis])
+        groups = ([self._gateway], [role for roles in self._encoders.values() for role in roles], [self._redis])
         for group in groups:
             present = [role for role in group if role in self.roles]
             await asyncio.gather(*(role.process.stop(self.options.drain_seconds) for role in present if role))

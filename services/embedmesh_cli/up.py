@@ -18,7 +18,7 @@ from rich.text import Text
 
 from embedmesh import AsyncClient, EmbedMeshError
 from embedmesh_cli.console import USAGE, UserError, command_name, starter_model
-from embedmesh_cli.mesh import Mesh, MeshError, MeshOptions, Role
+from embedmesh_cli.mesh import MODALITIES, Mesh, MeshError, MeshOptions, Role
 
 __all__ = ["up"]
 
@@ -39,7 +39,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     except ValueError as error:
         raise UserError(f"--config {path}: is not TOML: {error}.", USAGE) from None
     wanted: dict[str, Any] = {}
-    for section in ("gateway", "text", "up"):
+    for section in ("gateway", *MODALITIES, "up"):
         if not isinstance(tables.get(section, {}), dict):
             raise UserError(f"--config {path}: [{section}] must be a table.", USAGE)
     wanted |= {ours: tables["gateway"][key] for key, ours in _GATEWAY_KEYS.items() if key in tables.get("gateway", {})}
@@ -54,14 +54,14 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def _replicas(values: list[str]) -> int:
-    count = 1
+def _replicas(values: list[str]) -> dict[str, int]:
+    counts = {}
     for value in values:
         role, _, number = value.partition("=")
-        if role != "text" or not number.isdecimal() or not 1 <= int(number) <= 64:
-            raise UserError(f"--replicas {value}: say text=N with N from 1 to 64.", USAGE)
-        count = int(number)
-    return count
+        if role not in MODALITIES or not number.isdecimal() or not 1 <= int(number) <= 64:
+            raise UserError(f"--replicas {value}: say text=N, image=N or audio=N with N from 1 to 64.", USAGE)
+        counts[role] = int(number)
+    return counts
 
 
 def up(
@@ -102,10 +102,18 @@ def up(
             "Without it all-MiniLM-L6-v2, which is made on first use.",
         ),
     ] = None,
+    image_model: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", show_envvar=False, help="Folder of an image model; repeat for more."),
+    ] = None,
+    audio_model: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", show_envvar=False, help="Folder of an audio model; repeat for more."),
+    ] = None,
     backend: Annotated[
         Literal["auto", "onnxruntime", "fake"],
         typer.Option(
-            metavar="auto|onnxruntime|fake", show_envvar=False, help="What runs the model; fake needs no model."
+            metavar="auto|onnxruntime|fake", show_envvar=False, help="What runs the text model; fake needs no model."
         ),
     ] = "auto",
     replicas: Annotated[
@@ -124,12 +132,12 @@ def up(
             envvar="EMBEDMESH_CONFIG",
             is_eager=True,
             callback=_read_config,
-            help="TOML file: [up] holds these options, [gateway] and [text] the settings of the roles "
+            help="TOML file: [up] holds these options, [gateway], [text], [image], [audio] the settings of the roles "
             "(`embedmesh-gateway --help`, `embedmesh-encoder text --help`).",
         ),
     ] = None,
 ) -> None:
-    """Run the whole mesh on this machine until Ctrl-C: gateway, text encoder, cache.
+    """Run the whole mesh on this machine until Ctrl-C: gateway, encoders, cache.
 
     A role that dies is started again. No process is left behind when this command ends, however it ends.
     Each option can also be a variable (EMBEDMESH_UP_HTTP_PORT for --http-port) or a key of [up] in the
@@ -144,12 +152,17 @@ def up(
             models = (_fake_model(stack),)
         elif not models:
             models = (starter_model(Console(stderr=True)),)
-        for folder in models:
+        folders = {"text": models, "image": tuple(image_model or ()), "audio": tuple(audio_model or ())}
+        for modality, folder in ((modality, folder) for modality, given in folders.items() for folder in given):
             if not (folder / "model.toml").is_file():
-                raise UserError(f"--text-model {folder}: no model there (a model folder holds a model.toml).", USAGE)
+                raise UserError(
+                    f"--{modality}-model {folder}: no model there (a model folder holds a model.toml).", USAGE
+                )
         options = MeshOptions(
-            text_models=models,
-            text_replicas=_replicas(replicas or []),
+            text_models=folders["text"],
+            image_models=folders["image"],
+            audio_models=folders["audio"],
+            replicas=_replicas(replicas or []),
             host=host,
             port=port,
             http_port=http_port,

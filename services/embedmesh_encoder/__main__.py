@@ -7,26 +7,40 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Final
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
 
-from embedmesh.v1 import catalog_pb2_grpc, text_pb2_grpc
+from embedmesh.v1 import audio_pb2_grpc, catalog_pb2_grpc, image_pb2_grpc, text_pb2_grpc
 from embedmesh_encoder.backend import Backend, BackendOptions, create_backend
 from embedmesh_encoder.encoder import Encoder, EncoderOptions
+from embedmesh_encoder.modalities import (
+    audio_preparer,
+    image_preparer,
+    text_preparer,
+    warm_audio,
+    warm_images,
+    warm_texts,
+)
 from embedmesh_encoder.model import ModelError, ModelSpec, load_spec, verify_files
+from embedmesh_encoder.preparation import Preparer
 from embedmesh_encoder.service import (
+    AUDIO_SERVICE,
     CATALOG_SERVICE,
+    IMAGE_SERVICE,
     TEXT_SERVICE,
+    AudioEncoderServicer,
     EmbedService,
+    ImageEncoderServicer,
     ModelCatalogServicer,
     Models,
     TextEncoderServicer,
 )
-from embedmesh_encoder.settings import TextSettings
-from embedmesh_encoder.text import TextItem, TextPreparer
+from embedmesh_encoder.settings import AudioSettings, EncoderSettings, ImageSettings, TextSettings
 from embedmesh_server import logs
 from embedmesh_server.metrics import EncoderMetrics
 from embedmesh_server.node import BindError, Node
@@ -41,8 +55,8 @@ Serve embedding models of one modality over gRPC.
 
 modalities:
   text    sentences, passages, queries
-
-image and audio encoders come with a later release.
+  image   JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF
+  audio   WAV, FLAC, OGG, MP3, AIFF, or samples
 
 `{PROG} text --help` shows the flags. Example:
 
@@ -51,6 +65,46 @@ image and audio encoders come with a later release.
 # A batch that still runs after the calls were drained gets so long before the process leaves it behind.
 _CLOSE_SECONDS: Final = 2.0
 _FAILED, _MISUSED = 1, 2
+
+
+@dataclass(frozen=True)
+class _Modality:
+    """What sets one modality apart from another; all else is one path."""
+
+    service: str
+    settings: type[EncoderSettings]
+    add_servicer: Callable[[EmbedService, Any], None]
+    preparer: Callable[[ModelSpec, Any], Preparer]
+    warm: Callable[[ModelSpec, Any], Sequence[Any]]
+
+
+_MODALITIES: Final = {
+    "text": _Modality(
+        TEXT_SERVICE,
+        TextSettings,
+        lambda service, server: text_pb2_grpc.add_TextEncoderServicer_to_server(TextEncoderServicer(service), server),
+        text_preparer,
+        warm_texts,
+    ),
+    "image": _Modality(
+        IMAGE_SERVICE,
+        ImageSettings,
+        lambda service, server: image_pb2_grpc.add_ImageEncoderServicer_to_server(
+            ImageEncoderServicer(service), server
+        ),
+        image_preparer,
+        warm_images,
+    ),
+    "audio": _Modality(
+        AUDIO_SERVICE,
+        AudioSettings,
+        lambda service, server: audio_pb2_grpc.add_AudioEncoderServicer_to_server(
+            AudioEncoderServicer(service), server
+        ),
+        audio_preparer,
+        warm_audio,
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,17 +116,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if modality == "--version":
         sys.stdout.write(f"{PROG} {version('embedmesh')}\n")
         return 0
-    if modality in ("image", "audio"):
-        return _misused(f"the {modality} encoder comes with a later release; this one serves text")
-    if modality != "text":
+    if modality not in _MODALITIES:
         return _misused(f"{modality!r} is no modality; try `{PROG} text --model DIR`, or `{PROG} --help`")
-    settings = load(TextSettings, prog=f"{PROG} text", section="text", env_prefix="EMBEDMESH_TEXT_", argv=rest)
+    settings = load(
+        _MODALITIES[modality].settings,
+        prog=f"{PROG} {modality}",
+        section=modality,
+        env_prefix=f"EMBEDMESH_{modality.upper()}_",
+        argv=rest,
+    )
     try:
-        models = Models(_read_specs(settings))
+        models = Models(_read_specs(settings, modality))
     except ModelError as error:
         return _misused(str(error))
-    logs.configure(settings.log_level, settings.log_format, "text")
-    status, hung = asyncio.run(_serve(settings, models))
+    logs.configure(settings.log_level, settings.log_format, modality)
+    # Pillow warns and logs in words taken from the file, which whoever sent it has chosen.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    status, hung = asyncio.run(_serve(settings, models, modality))
     if hung:
         # The interpreter would wait for ever for the thread in which the backend hangs.
         _log.error("a batch still runs in the backend, leaving it behind")
@@ -86,7 +147,7 @@ def _misused(sentence: str) -> int:
     return _MISUSED
 
 
-def _read_specs(settings: TextSettings) -> list[ModelSpec]:
+def _read_specs(settings: EncoderSettings, modality: str) -> list[ModelSpec]:
     """Read all manifests.
 
     Raises:
@@ -100,27 +161,28 @@ def _read_specs(settings: TextSettings) -> list[ModelSpec]:
         except ModelError as error:
             problems.append(str(error))
             continue
-        if spec.modality == "text":
+        if spec.modality == modality:
             specs.append(spec)
         else:
-            problems.append(f'model "{spec.name}" in {folder} is for {spec.modality}, not for text')
+            problems.append(f'model "{spec.name}" in {folder} is for {spec.modality}, not for {modality}')
     if problems:
         raise ModelError("\n".join(problems))
     return specs
 
 
-async def _serve(settings: TextSettings, models: Models) -> tuple[int, bool]:
+async def _serve(settings: EncoderSettings, models: Models, modality: str) -> tuple[int, bool]:
     """Serve until a signal; gives the exit status, and whether a backend hangs."""
+    kind = _MODALITIES[modality]
     registry = CollectorRegistry()
     metrics = EncoderMetrics(registry)
-    node = Node(settings, role="text", registry=registry, services=[TEXT_SERVICE, CATALOG_SERVICE])
+    node = Node(settings, role=modality, registry=registry, services=[kind.service, CATALOG_SERVICE])
     service = EmbedService(
         models,
         metrics,
         max_inputs=settings.max_inputs,
         default_timeout_seconds=settings.default_timeout_seconds,
     )
-    text_pb2_grpc.add_TextEncoderServicer_to_server(TextEncoderServicer(service), node.server)
+    kind.add_servicer(service, node.server)
     catalog_pb2_grpc.add_ModelCatalogServicer_to_server(
         ModelCatalogServicer(models, max_inputs=settings.max_inputs), node.server
     )
@@ -132,13 +194,13 @@ async def _serve(settings: TextSettings, models: Models) -> tuple[int, bool]:
     # Probes are answered from here on, with NOT_SERVING until the models are warm.
     node.set_ready(CATALOG_SERVICE, True)
     running = asyncio.create_task(node.run())
-    loading = asyncio.create_task(_load_all(settings, models, metrics))
+    loading = asyncio.create_task(_load_all(settings, models, metrics, kind))
     await asyncio.wait((running, loading), return_when=asyncio.FIRST_COMPLETED)
     status = 0
     if running.done():
         loading.cancel()
     elif loading.result():
-        watching = asyncio.create_task(_watch(node, models, settings.stall_seconds))
+        watching = asyncio.create_task(_watch(node, kind.service, models, settings.stall_seconds))
         await asyncio.wait((running,))
         watching.cancel()
     else:
@@ -151,14 +213,14 @@ async def _serve(settings: TextSettings, models: Models) -> tuple[int, bool]:
     return status, not all(stopped)
 
 
-async def _watch(node: Node, models: Models, stall_seconds: float) -> None:
+async def _watch(node: Node, service: str, models: Models, stall_seconds: float) -> None:
     """Keep health honest: a node with a model whose backend hangs must get no more calls."""
     healthy = False
     while True:
         stalled = [name for name, encoder in models.encoders.items() if encoder.stalled_seconds >= stall_seconds]
         if healthy is bool(stalled):
             healthy = not stalled
-            node.set_ready(TEXT_SERVICE, healthy)
+            node.set_ready(service, healthy)
             if stalled:
                 _log.error(
                     "no batch ended for %s s, not serving until one does", stall_seconds, extra={"models": stalled}
@@ -166,12 +228,12 @@ async def _watch(node: Node, models: Models, stall_seconds: float) -> None:
         await asyncio.sleep(min(1.0, stall_seconds / 4))
 
 
-async def _load_all(settings: TextSettings, models: Models, metrics: EncoderMetrics) -> bool:
+async def _load_all(settings: EncoderSettings, models: Models, metrics: EncoderMetrics, kind: _Modality) -> bool:
     """Load one model after the other; gives whether there is any to serve."""
     for spec in models.specs:
         started = time.perf_counter()
         try:
-            encoder = await _load(spec, settings, metrics)
+            encoder = await _load(spec, settings, metrics, kind)
         except ModelError as error:
             _log.error("%s", error, exc_info=error.__cause__)
         except Exception:  # noqa: BLE001  (one broken model does not take the others along)
@@ -183,11 +245,10 @@ async def _load_all(settings: TextSettings, models: Models, metrics: EncoderMetr
     return bool(models.encoders)
 
 
-async def _load(spec: ModelSpec, settings: TextSettings, metrics: EncoderMetrics) -> Encoder:
-    def read() -> tuple[TextPreparer, Backend]:
+async def _load(spec: ModelSpec, settings: EncoderSettings, metrics: EncoderMetrics, kind: _Modality) -> Encoder:
+    def read() -> tuple[Preparer, Backend]:
         verify_files(spec)
-        preparer = TextPreparer(spec, settings.max_text_bytes)
-        return preparer, create_backend(spec, BackendOptions(settings.backend, settings.threads))
+        return kind.preparer(spec, settings), create_backend(spec, BackendOptions(settings.backend, settings.threads))
 
     preparer, backend = await asyncio.to_thread(read)
     options = EncoderOptions(
@@ -200,9 +261,7 @@ async def _load(spec: ModelSpec, settings: TextSettings, metrics: EncoderMetrics
     )
     encoder = Encoder(spec, preparer, backend, metrics, options)
     try:
-        # A short text, and one as long as the model reads.
-        texts = ("warm", "warm " * spec.max_input_units)
-        await encoder.warm_up([TextItem(text[: settings.max_text_bytes]) for text in texts])
+        await encoder.warm_up(kind.warm(spec, settings))
     except BaseException:
         await encoder.close()
         raise

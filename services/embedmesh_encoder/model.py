@@ -17,16 +17,26 @@
 
     [graph]
     file = "model.onnx"
-    layout = "packed"                  # see below; or "padded"
-    output = "sentence_embedding"      # default for packed; "last_hidden_state" for padded
-    pooling = "graph"                  # default: the graph pools; padded only: mean, cls, max,
+    layout = "packed"                  # see below; or "padded", or "stacked"
+    output = "sentence_embedding"      # default for packed; "last_hidden_state" for the others
+    pooling = "graph"                  # default: the graph pools; not packed: mean, cls, max,
                                        # mean_sqrt_len, last (numpy, see pooling.py)
-    inputs = ["input_ids", "attention_mask"]     # padded only; may add "token_type_ids"
+    inputs = ["input_ids", "attention_mask"]     # not packed; may add "token_type_ids"
 
     [text]                             # modality text
     tokenizer = "tokenizer.json"       # file of the `tokenizers` library
     pad_id = 0                         # padded only; default 0
     prompts = { query = "", document = "" }      # put before the text, by role; default: none
+
+    [image]                            # modality image
+    processor = "preprocessor_config.json"       # file of transformers
+    patch_size = 32                    # side of a patch; default 0: a unit is 256 pixels
+    extra_tokens = 1                   # units beside the patches, e.g. the class token; default 0
+
+    [audio]                            # modality audio
+    processor = "preprocessor_config.json"       # file of transformers
+    window_units = 0                   # frames of a window, where the windows of a long sound are
+                                       # averaged; default 0: a long sound is cut
 
     [fake]                             # backend fake; all default to 0
     base_ms = 0.0                      # how long a batch takes: base_ms + ms_per_unit * units
@@ -42,9 +52,11 @@ at each text) and `segment_ids` (index of the text in the batch, -1 for padding)
 [rows, width]; the output is float32 [texts, dimensions], already pooled.
 Layout *padded*: one text a row. Inputs are int64 [texts, longest]; the output is float32
 [texts, longest, dimensions], or [texts, dimensions] with pooling "graph".
+Layout *stacked*: images or sounds, one a row. The input is `pixel_values`, or what the feature
+extractor makes (`input_features`, `input_values`; `attention_mask`, `is_longer`); the output as for padded.
 
-The *revision* is a fingerprint of everything that changes a vector: the files, graph and text
-tables, longest input, normalisation, precision, backend. Name, family, space, licence,
+The *revision* is a fingerprint of everything that changes a vector: the files, graph, text,
+image and audio tables, longest input, normalisation, precision, backend. Name, family, space, licence,
 source and timing are no part of it.
 """
 
@@ -81,8 +93,10 @@ from embedmesh_encoder.pooling import Pooling
 
 __all__ = [
     "MANIFEST",
+    "AudioTable",
     "FakeSpec",
     "GraphSpec",
+    "ImageTable",
     "ModelError",
     "ModelSpec",
     "TextSpec",
@@ -100,7 +114,12 @@ _INPUTS: Final[dict[Any, tuple[str, ...]]] = {
     "packed": ("input_ids", "position_ids", "segment_ids"),
     "padded": ("input_ids", "attention_mask"),
 }
-_OUTPUTS: Final[dict[Any, str]] = {"packed": "sentence_embedding", "padded": "last_hidden_state"}
+_OUTPUTS: Final[dict[Any, str]] = {
+    "packed": "sentence_embedding",
+    "padded": "last_hidden_state",
+    "stacked": "last_hidden_state",
+}
+_LAYOUTS: Final = {"text": ("packed", "padded"), "image": ("stacked",), "audio": ("stacked",)}
 _KINDS: Final[dict[str, pb.EmbeddingKind.ValueType]] = {"dense": pb.EMBEDDING_KIND_DENSE}
 
 
@@ -133,7 +152,12 @@ def _listed(file: str, info: ValidationInfo) -> None:
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
 _Kind = Annotated[pb.EmbeddingKind.ValueType, BeforeValidator(_kind)]
-_Input = Annotated[str, Field(pattern=r"^(input_ids|attention_mask|token_type_ids)$")]
+_Input = Annotated[
+    str,
+    Field(
+        pattern=r"^(input_ids|attention_mask|token_type_ids|pixel_values|input_features|input_values|is_longer)$",
+    ),
+]
 _File = Annotated[str, AfterValidator(_present)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -145,7 +169,7 @@ class _Table(BaseModel):
 class GraphSpec(_Table):
     """The ONNX graph: `file` is "" for the fake backend; `inputs` and `output` are names in the graph."""
 
-    layout: Literal["packed", "padded"]
+    layout: Literal["packed", "padded", "stacked"]
     file: str = ""
     inputs: tuple[_Input, ...] = Field(default_factory=lambda data: _INPUTS.get(data.get("layout"), ()), strict=False)
     output: str = Field(default_factory=lambda data: _OUTPUTS.get(data.get("layout"), ""))
@@ -155,7 +179,7 @@ class GraphSpec(_Table):
     @classmethod
     def _packed_graphs_are_fixed(cls, value: Any, info: ValidationInfo) -> Any:
         if info.data.get("layout") == "packed" and value != "graph":
-            raise ValueError('can only be set when the layout is "padded": a packed graph pools by itself')
+            raise ValueError('cannot be set when the layout is "packed": a packed graph pools by itself')
         return value
 
 
@@ -182,6 +206,21 @@ class TextSpec(_Table):
     def document_prompt(self) -> str:
         """Put before texts of role DOCUMENT."""
         return self.prompts.document
+
+
+class ImageTable(_Table):
+    """How a picture becomes pixels."""
+
+    processor: str
+    patch_size: NonNegativeInt = 0
+    extra_tokens: NonNegativeInt = 0
+
+
+class AudioTable(_Table):
+    """How a sound becomes features."""
+
+    processor: str
+    window_units: NonNegativeInt = 0
 
 
 class FakeSpec(_Table):
@@ -213,6 +252,8 @@ class ModelSpec(_Table):
     files: Annotated[Mapping[_File, _Sha256], AfterValidator(MappingProxyType)] = Field(repr=False)
     graph: GraphSpec
     text: TextSpec | None = Field(None, validate_default=True)
+    image: ImageTable | None = Field(None, validate_default=True)
+    audio: AudioTable | None = Field(None, validate_default=True)
     fake: FakeSpec | None = Field(default_factory=lambda data: FakeSpec() if data.get("backend") == "fake" else None)
 
     @field_validator("truncatable_dimensions")
@@ -231,16 +272,21 @@ class ModelSpec(_Table):
             raise ValueError('must have the layout "packed" and no file when the backend is "fake"')
         if backend == "onnxruntime":
             _listed(graph.file, info)
+        allowed = _LAYOUTS.get(info.data.get("modality", ""), (graph.layout,))
+        if graph.layout not in allowed:
+            raise ValueError(f"must have the layout {' or '.join(map(json.dumps, allowed))} for this modality")
+        if not graph.inputs:
+            raise ValueError('must name its inputs when the layout is "stacked", e.g. ["pixel_values"]')
         return graph
 
-    @field_validator("text")
+    @field_validator("text", "image", "audio")
     @classmethod
-    def _text_fits(cls, text: TextSpec | None, info: ValidationInfo) -> TextSpec | None:
-        if "modality" in info.data and (info.data["modality"] == "text") != (text is not None):
-            raise ValueError('is only for the modality "text"' if text else "is missing")
-        if text:
-            _listed(text.tokenizer, info)
-        return text
+    def _table_fits(cls, table: Any, info: ValidationInfo) -> Any:
+        if "modality" in info.data and (info.data["modality"] == info.field_name) != (table is not None):
+            raise ValueError(f'is only for the modality "{info.field_name}"' if table else "is missing")
+        if table:
+            _listed(table.tokenizer if isinstance(table, TextSpec) else table.processor, info)
+        return table
 
     @field_validator("fake")
     @classmethod
@@ -265,6 +311,9 @@ class ModelSpec(_Table):
             "backend": self.backend,
             "seed": self.fake.seed if self.fake else 0,
         }
+        for table in ("image", "audio"):
+            if self.modality == table:
+                decides[table] = getattr(self, table).model_dump()
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
     def ref(self) -> pb.ModelRef:
@@ -360,6 +409,8 @@ _TABLES: Final[dict[tuple[int | str, ...], type[_Table]]] = {
     ("graph",): GraphSpec,
     ("text",): TextSpec,
     ("text", "prompts"): PromptSpec,
+    ("image",): ImageTable,
+    ("audio",): AudioTable,
     ("fake",): FakeSpec,
 }
 # pydantic's words for these are about Python, not about TOML.

@@ -23,19 +23,43 @@ from embedmesh.errors import (
     UnsupportedOutput,
     to_status,
 )
-from embedmesh.v1 import catalog_pb2, catalog_pb2_grpc, text_pb2, text_pb2_grpc
+from embedmesh.v1 import (
+    audio_pb2,
+    audio_pb2_grpc,
+    catalog_pb2,
+    catalog_pb2_grpc,
+    image_pb2,
+    image_pb2_grpc,
+    text_pb2,
+    text_pb2_grpc,
+)
 from embedmesh.v1 import embedding_pb2 as pb
-from embedmesh.vectors import DenseOutput, finish_dense
+from embedmesh.vectors import DenseOutput, decode, finish_dense
+from embedmesh_encoder.audio import AudioItem
 from embedmesh_encoder.batcher import Priority
 from embedmesh_encoder.encoder import Encoded, Encoder
+from embedmesh_encoder.image import ImageItem
 from embedmesh_encoder.model import ModelError, ModelSpec
 from embedmesh_encoder.text import TextItem
 from embedmesh_server.interceptor import deadline_of
 from embedmesh_server.metrics import EncoderMetrics
 
-__all__ = ["CATALOG_SERVICE", "TEXT_SERVICE", "EmbedService", "ModelCatalogServicer", "Models", "TextEncoderServicer"]
+__all__ = [
+    "AUDIO_SERVICE",
+    "CATALOG_SERVICE",
+    "IMAGE_SERVICE",
+    "TEXT_SERVICE",
+    "AudioEncoderServicer",
+    "EmbedService",
+    "ImageEncoderServicer",
+    "ModelCatalogServicer",
+    "Models",
+    "TextEncoderServicer",
+]
 
 TEXT_SERVICE: Final[str] = text_pb2.DESCRIPTOR.services_by_name["TextEncoder"].full_name
+IMAGE_SERVICE: Final[str] = image_pb2.DESCRIPTOR.services_by_name["ImageEncoder"].full_name
+AUDIO_SERVICE: Final[str] = audio_pb2.DESCRIPTOR.services_by_name["AudioEncoder"].full_name
 CATALOG_SERVICE: Final[str] = catalog_pb2.DESCRIPTOR.services_by_name["ModelCatalog"].full_name
 
 _MODALITIES: Final = {
@@ -198,6 +222,30 @@ class TextEncoderServicer(text_pb2_grpc.TextEncoderServicer):
         return await self._service.embed(request, text_pb2.EmbedTextResponse(), _read_text, "text", context)
 
 
+class ImageEncoderServicer(image_pb2_grpc.ImageEncoderServicer):
+    """`embedmesh.v1.ImageEncoder`."""
+
+    def __init__(self, service: EmbedService) -> None:
+        self._service = service
+
+    async def EmbedImage(  # noqa: D102  (described by the contract)
+        self, request: image_pb2.EmbedImageRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> image_pb2.EmbedImageResponse:
+        return await self._service.embed(request, image_pb2.EmbedImageResponse(), _read_image, "content", context)
+
+
+class AudioEncoderServicer(audio_pb2_grpc.AudioEncoderServicer):
+    """`embedmesh.v1.AudioEncoder`."""
+
+    def __init__(self, service: EmbedService) -> None:
+        self._service = service
+
+    async def EmbedAudio(  # noqa: D102  (described by the contract)
+        self, request: audio_pb2.EmbedAudioRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> audio_pb2.EmbedAudioResponse:
+        return await self._service.embed(request, audio_pb2.EmbedAudioResponse(), _read_audio, "source", context)
+
+
 class ModelCatalogServicer(catalog_pb2_grpc.ModelCatalogServicer):
     """`embedmesh.v1.ModelCatalog`."""
 
@@ -245,6 +293,24 @@ def _read(read: Callable[[Any], Any], message: Any) -> Any:
 def _read_text(message: text_pb2.TextInput) -> TextItem:
     _known(text_pb2.TextRole, message.role, "role")
     return TextItem(message.text, message.role, message.instruction)
+
+
+def _read_image(message: image_pb2.ImageInput) -> ImageItem:
+    return ImageItem(message.content)
+
+
+def _read_audio(message: audio_pb2.AudioInput) -> AudioItem:
+    match message.WhichOneof("source"):
+        case "content":
+            return AudioItem(content=message.content)
+        case "pcm":
+            try:
+                return AudioItem(samples=decode(message.pcm.samples), rate=message.pcm.sample_rate_hz)
+            except InvalidRequest as error:
+                error.field = "pcm.samples"
+                raise
+        case _:
+            raise InvalidRequest("the input needs either the bytes of a sound or its samples")
 
 
 def _dense_output(options: pb.OutputOptions, spec: ModelSpec) -> DenseOutput:

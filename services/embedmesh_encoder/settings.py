@@ -8,9 +8,11 @@ from typing import Literal
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from embedmesh_encoder.audio.decode import AudioLimits
+from embedmesh_encoder.image.decode import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS
 from embedmesh_server.settings import NodeSettings
 
-__all__ = ["EncoderSettings", "TextSettings"]
+__all__ = ["AudioSettings", "EncoderSettings", "ImageSettings", "TextSettings"]
 
 
 class EncoderSettings(NodeSettings):
@@ -63,3 +65,32 @@ class TextSettings(EncoderSettings):
         9051, ge=0, le=65535, description="Port of /metrics, /healthz and /readyz; 0 takes any free one."
     )
     max_text_bytes: int = Field(1_048_576, ge=1, description="Longest text, in bytes of UTF-8, instruction included.")
+
+
+class ImageSettings(EncoderSettings):
+    """Serve image embedding models: EmbedImage over gRPC, metrics and health over HTTP."""
+
+    port: int = Field(50052, ge=0, le=65535, description="Port of the gRPC service; 0 takes any free one.")
+    http_port: int = Field(
+        9052, ge=0, le=65535, description="Port of /metrics, /healthz and /readyz; 0 takes any free one."
+    )
+    batch_cost: int = Field(1024, ge=1, description="Most units (patches) in a batch; a larger image goes alone.")
+    max_image_bytes: int = Field(MAX_IMAGE_BYTES, ge=1, description="Longest image file, in bytes.")
+    max_image_pixels: int = Field(
+        MAX_IMAGE_PIXELS,
+        ge=1,
+        le=89_000_000,  # above it Pillow's own limit, which is global, would interfere
+        description="Largest image before it is resized, in pixels.",
+    )
+
+
+class AudioSettings(EncoderSettings):
+    """Serve audio embedding models: EmbedAudio over gRPC, metrics and health over HTTP."""
+
+    port: int = Field(50053, ge=0, le=65535, description="Port of the gRPC service; 0 takes any free one.")
+    http_port: int = Field(
+        9053, ge=0, le=65535, description="Port of /metrics, /healthz and /readyz; 0 takes any free one."
+    )
+    batch_cost: int = Field(4096, ge=1, description="Most units (frames) in a batch; a longer sound goes alone.")
+    max_audio_bytes: int = Field(AudioLimits().bytes, ge=1, description="Longest sound file, in bytes.")
+    max_audio_seconds: int = Field(int(AudioLimits().seconds), ge=1, description="Longest sound, in seconds.")

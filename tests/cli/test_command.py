@@ -47,7 +47,7 @@ def test_models_on_disk(cli: Any, tmp_path: Path) -> None:
     header, bad, good = done.out.splitlines()
     assert header.split() == ["name", "revision", "space", "modality", "dims", "state", "where"]
     assert "unusable" in bad
-    assert re.match(r"good-one +[0-9a-f]{12} +good-one +text +384 +on disk +/", good)
+    assert re.match(r"good-one +[0-9a-f]{16} +good-one +text +384 +on disk +/", good)
     rows = [
         json.loads(line) for line in cli("models", "list", "--folder", tmp_path / "models", "--json").out.splitlines()
     ]

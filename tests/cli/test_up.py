@@ -130,11 +130,11 @@ def test_a_role_that_cannot_start_tells_why(cli: Any, tmp_path: Path) -> None:
     ("config", "sentence"),
     [
         ("up = 3", "[up] must be a table"),
-        ("[up]\nporrt = 1", "[up] has no setting porrt; it has backend, host, http_port"),
+        ("[up]\nporrt = 1", "[up] has no setting porrt; it has audio_model, backend, host, http_port"),
         ("[up", "is not TOML"),
         ("[up]\nport = 70000", "less than or equal to 65535"),
         ("[up]\nredis = 'localhost'", "--redis localhost: say embedded, none, or a URL"),
-        ("[up]\nreplicas = ['image=2']", "--replicas image=2: say text=N"),
+        ("[up]\nreplicas = ['video=2']", "--replicas video=2: say text=N"),
         ("[up]\ntext_model = ['no/such/folder']", "--text-model no/such/folder: no model there"),
     ],
 )

@@ -272,7 +272,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("modality", "sentence"),
-    [("image", "later release"), ("audio", "later release"), ("txet", "'txet' is no modality")],
+    [("video", "'video' is no modality"), ("txet", "'txet' is no modality")],
 )
 def test_other_modalities(modality: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([modality, "--model", "x"]) == 2
@@ -288,12 +288,10 @@ def test_wrong_settings_are_reported_together(capsys: pytest.CaptureFixture[str]
         assert words in err
 
 
-def test_wrong_model_folders_are_reported_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = write_model(tmp_path / "picture")
-    manifest = spec.folder / "model.toml"
-    text = manifest.read_text().replace('modality = "text"', 'modality = "image"')
-    manifest.write_text(text[: text.index("[text]")] + text[text.index("[fake]") :])
-    folders = [tmp_path / "nothing", tmp_path, spec.folder]
+def test_wrong_model_folders_are_reported_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make_tower: Callable[..., Path]
+) -> None:
+    folders = [tmp_path / "nothing", tmp_path, make_tower(tmp_path / "picture", "image")]
     assert main(["text", *(word for folder in folders for word in ("--model", str(folder)))]) == 2
     err = capsys.readouterr().err
     assert f"{tmp_path / 'nothing'} is not a model folder" in err

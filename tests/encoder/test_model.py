@@ -138,13 +138,16 @@ def test_the_revision_ignores_the_fakes_speed(write: Write) -> None:
         ({"text": {"tokenizer": "tokenizer.json", "prompts": 1}}, "text.prompts must be a table, got 1"),
         (
             {"graph": {"file": "onnx/model.onnx", "layout": "packed", "pooling": "mean"}},
-            'graph.pooling can only be set when the layout is "padded"',
+            'graph.pooling cannot be set when the layout is "packed"',
         ),
         (
             {"graph": {"file": "onnx/model.onnx", "layout": "padded", "inputs": ["ids"]}},
             "graph.inputs.0 must match",
         ),
-        ({"graph": {"file": "onnx/model.onnx", "layout": "packed", "inputs": ["input_ids"]}}, "graph.inputs can only"),
+        (
+            {"graph": {"file": "onnx/model.onnx", "layout": "packed", "inputs": ["input_ids"]}},
+            "graph.inputs cannot be set",
+        ),
         ({"truncatable_dimensions": [0, True]}, "truncatable_dimensions.0 must be greater than 0, got 0"),
         ({"truncatable_dimensions": [0, True]}, "truncatable_dimensions.1 must be a valid integer, got true"),
         ({"folder": "elsewhere"}, "folder is unknown"),

@@ -112,7 +112,7 @@ async def test_redis_may_only_help(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 async def test_one_of_two_encoders_goes(start_mesh: Any, make_load: Any, running: Any, number: signal.Signals) -> None:
-    async with start_mesh(text_replicas=2, redis="none") as mesh, make_load(mesh, new_texts) as load:
+    async with start_mesh(replicas={"text": 2}, redis="none") as mesh, make_load(mesh, new_texts) as load:
         async with running(load, workers=8):
             await asyncio.sleep(1)
             for name in ("text-1", "text-2"):

@@ -18,6 +18,15 @@ import onnxruntime as ort
 __all__ = ["OnnxRuntimeBackend"]
 
 _ERROR_LEVEL = 3
+# Axes of the output of a graph that pools; convolutional networks pool images to [n, d, 1, 1].
+_RANKS = {"packed": (2,), "padded": (2,), "stacked": (2, 4)}
+# Of inputs that are no token ids, positions or masks.
+_INPUT_TYPES = {
+    "pixel_values": "tensor(float)",
+    "input_features": "tensor(float)",
+    "input_values": "tensor(float)",
+    "is_longer": "tensor(bool)",
+}
 
 
 class OnnxRuntimeBackend:
@@ -79,8 +88,8 @@ def _check_signature(session: Any, spec: ModelSpec) -> None:
     for name in spec.graph.inputs:
         if name not in inputs:
             problems.append(f'it has no input "{name}" (its inputs: {", ".join(inputs)})')
-        elif inputs[name].type != "tensor(int64)":
-            problems.append(f'input "{name}" is {inputs[name].type}, not tensor(int64)')
+        elif inputs[name].type != (wanted := _INPUT_TYPES.get(name, "tensor(int64)")):
+            problems.append(f'input "{name}" is {inputs[name].type}, not {wanted}')
     extra = [name for name in inputs if name not in spec.graph.inputs]
     if extra:
         problems.append(f"it wants inputs that the manifest does not name: {', '.join(extra)}")
@@ -89,14 +98,18 @@ def _check_signature(session: Any, spec: ModelSpec) -> None:
     if output is None:
         problems.append(f'it has no output "{spec.graph.output}" (its outputs: {", ".join(outputs)})')
     else:
-        rank = 2 if spec.graph.pooling == "graph" else 3
+        ranks = _RANKS[spec.graph.layout] if spec.graph.pooling == "graph" else (3,)
         if output.type != "tensor(float)":
             problems.append(f'output "{output.name}" is {output.type}, not tensor(float)')
         shape = f'output "{output.name}" has shape {output.shape}'
         # An exporter may leave shapes or single sizes out; what is there must be right.
-        if output.shape and len(output.shape) != rank:
-            problems.append(f'{shape}; {rank} axes were expected with pooling "{spec.graph.pooling}"')
-        elif output.shape and isinstance(output.shape[-1], int) and output.shape[-1] != spec.dimensions:
+        if output.shape and len(output.shape) not in ranks:
+            problems.append(f'{shape}; {ranks[0]} axes were expected with pooling "{spec.graph.pooling}"')
+        elif (
+            output.shape
+            and isinstance(width := output.shape[-1 if ranks[0] == 3 else 1], int)
+            and width != spec.dimensions
+        ):
             problems.append(f"{shape}; the manifest says dimensions = {spec.dimensions}")
     if problems:
         raise ModelError(f"{spec.path(spec.graph.file)} does not fit {MANIFEST}: {'; '.join(problems)}")

@@ -1,0 +1,88 @@
+"""From a model's manifest to the preparer of its modality, and inputs to warm it up with."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from embedmesh_encoder.audio import AudioItem, AudioLimits, AudioPreparer, AudioSpec
+from embedmesh_encoder.image import ImageItem, ImagePreparer, ImageSpec
+from embedmesh_encoder.model import ModelError, ModelSpec
+from embedmesh_encoder.settings import AudioSettings, ImageSettings, TextSettings
+from embedmesh_encoder.text import TextItem, TextPreparer
+
+__all__ = ["audio_preparer", "image_preparer", "text_preparer", "warm_audio", "warm_images", "warm_texts"]
+
+
+def text_preparer(spec: ModelSpec, settings: TextSettings) -> TextPreparer:
+    """Make the preparer of a text model; raises ModelError."""
+    return TextPreparer(spec, settings.max_text_bytes)
+
+
+def warm_texts(spec: ModelSpec, settings: TextSettings) -> list[TextItem]:
+    """Give a short text, and one as long as the model reads."""
+    texts = ("warm", "warm " * spec.max_input_units)
+    return [TextItem(text[: settings.max_text_bytes]) for text in texts]
+
+
+def image_preparer(spec: ModelSpec, settings: ImageSettings) -> ImagePreparer:
+    """Make the preparer of an image model; raises ModelError."""
+    table = spec.image
+    if table is None:
+        raise ModelError(f'model "{spec.name}" is for {spec.modality}, not for images')
+    return ImagePreparer(
+        ImageSpec.from_preprocessor_config(_config(spec, table.processor)),
+        output=spec.graph.output,
+        pooling=spec.graph.pooling,
+        input_name=spec.graph.inputs[0],
+        patch_size=table.patch_size,
+        extra_tokens=table.extra_tokens,
+        max_input_units=spec.max_input_units,
+        max_bytes=settings.max_image_bytes,
+        max_pixels=settings.max_image_pixels,
+    )
+
+
+def warm_images(spec: ModelSpec, settings: ImageSettings) -> list[ImageItem]:
+    """Give one small grey picture."""
+    del spec, settings
+    file = io.BytesIO()
+    Image.new("RGB", (64, 48), (128, 128, 128)).save(file, "PNG")
+    return [ImageItem(file.getvalue())]
+
+
+def audio_preparer(spec: ModelSpec, settings: AudioSettings) -> AudioPreparer:
+    """Make the preparer of an audio model; raises ModelError."""
+    table = spec.audio
+    if table is None:
+        raise ModelError(f'model "{spec.name}" is for {spec.modality}, not for sounds')
+    return AudioPreparer(
+        AudioSpec.from_preprocessor_config(_config(spec, table.processor)),
+        max_input_units=spec.max_input_units,
+        output=spec.graph.output,
+        inputs=spec.graph.inputs,
+        pooling=spec.graph.pooling,
+        window_units=table.window_units,
+        limits=AudioLimits(bytes=settings.max_audio_bytes, seconds=settings.max_audio_seconds),
+    )
+
+
+def warm_audio(spec: ModelSpec, settings: AudioSettings) -> list[AudioItem]:
+    """Give a second of a quiet tone."""
+    del spec, settings
+    wave = 0.1 * np.sin(np.arange(16_000, dtype=np.float32) * np.float32(2 * np.pi * 440 / 16_000))
+    return [AudioItem(samples=wave.astype(np.float32), rate=16_000)]
+
+
+def _config(spec: ModelSpec, file: str) -> dict[str, Any]:
+    try:
+        config = json.loads(spec.path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {spec.path(file)}: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{spec.path(file)} is not a preprocessor_config.json: it holds no object")
+    return config
