@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from embedmesh.errors import InvalidRequest, UnsupportedOutput
 from embedmesh.v1 import embedding_pb2 as pb
 
-__all__ = ["DenseOutput", "decode", "dequantize", "encode_into", "finish_dense", "l2_norms"]
+__all__ = ["DenseOutput", "decode", "dequantize", "encode_into", "finish_dense", "l2_norms", "normalized"]
 
 Float32 = NDArray[np.float32]
 
@@ -105,6 +105,11 @@ def l2_norms(rows: Float32) -> Float32:
     return norms
 
 
+def normalized(rows: Float32, norms: Float32) -> Float32:
+    """Divide `rows` [n, d] by max(norm, 1e-12), as `torch.nn.functional.normalize` does; `norms` is [n]."""
+    return (rows / np.maximum(norms, _NORM_FLOOR)[:, None]).astype(np.float32, copy=False)
+
+
 def finish_dense(rows: Float32, norms: Float32 | None, output: DenseOutput, out: list[pb.Tensor]) -> None:
     """Cut, scale and encode full vectors into the tensors that go out.
 
@@ -115,8 +120,8 @@ def finish_dense(rows: Float32, norms: Float32 | None, output: DenseOutput, out:
         output: The width, normalisation and dtype wanted.
         out: n empty tensors, filled in place.
 
-    Normalisation divides by max(norm, 1e-12), as `torch.nn.functional.normalize` does. INT8
-    is symmetric per vector with scale max(|x|)/127; BINARY is `numpy.packbits(x > 0)`, as
+    Normalisation is that of `normalized`. INT8 is symmetric per vector with scale max(|x|)/127 (0, and
+    zeros, where that is no normal float32); BINARY is `numpy.packbits(x > 0)`, as
     `sentence_transformers.quantize_embeddings(precision="ubinary")`; FLOAT16 saturates at 65504.
     """
     cut = 0 < output.dimensions < rows.shape[1]
@@ -124,13 +129,14 @@ def finish_dense(rows: Float32, norms: Float32 | None, output: DenseOutput, out:
         rows = rows[:, : output.dimensions]
     if output.normalize:
         if cut or norms is None:
-            rows = (rows / np.maximum(l2_norms(rows), _NORM_FLOOR)[:, None]).astype(np.float32, copy=False)
+            rows = normalized(rows, l2_norms(rows))
     elif norms is not None:
         rows = rows * norms[:, None]
     width = rows.shape[1]
     scales: Float32 | None = None
     if output.dtype == pb.DTYPE_INT8:
         scales = (np.abs(rows).max(axis=1) / 127).astype(np.float32)
+        scales[scales < np.finfo(np.float32).tiny] = 0  # too coarse to divide by
         packed: NDArray[Any] = np.rint(rows / np.where(scales > 0, scales, 1)[:, None]).astype(np.int8)
     elif output.dtype == pb.DTYPE_BINARY:
         packed = np.packbits(rows > 0, axis=1)

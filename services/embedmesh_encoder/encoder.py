@@ -29,7 +29,7 @@ from embedmesh.errors import (
     ServerFault,
 )
 from embedmesh.v1 import embedding_pb2 as pb
-from embedmesh.vectors import l2_norms
+from embedmesh.vectors import l2_norms, normalized
 from embedmesh_encoder.backend import Backend
 from embedmesh_encoder.batcher import Batcher, BatchPolicy, Priority
 from embedmesh_encoder.model import ModelError, ModelSpec
@@ -43,8 +43,6 @@ _log = logging.getLogger(__name__)
 
 # How long one request may hold a thread before the next one has its turn.
 _SLICE_SECONDS: Final = 0.005
-# As torch.nn.functional.normalize: divide by max(norm, eps).
-_NORM_FLOOR: Final = np.float32(1e-12)
 
 # A vector, float32 [d], and the norm it was pooled with.
 Row = tuple[NDArray[np.float32], float]
@@ -282,7 +280,7 @@ class Encoder:
         rows = rows.astype(np.float32, copy=False)
         with np.errstate(all="ignore"):  # what is not finite is an outcome here, not a warning
             norms = l2_norms(rows)
-            vectors = rows / np.maximum(norms, _NORM_FLOOR)[:, None] if self.spec.normalized else rows
+            vectors = normalized(rows, norms) if self.spec.normalized else rows
         # A norm is finite only when every element is.
         return [
             (vector, float(norm)) if math.isfinite(norm) else _NotFinite("the vector of this input is not finite")
