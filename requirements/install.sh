@@ -62,7 +62,9 @@ pip_install() {
 
 printf 'Installing %s locked packages into %s (the first time this takes about a minute) ...\n' \
     "$(grep -c '==' "requirements/$lock.txt")" "$venv" >&2
-pip_install --require-hashes --only-binary :all: -r "requirements/$lock.txt"
+# Without dependencies: the lock names them all, and the resolver of older pips trips over extras as soon as
+# something newer than the lock is out.
+pip_install --require-hashes --no-deps --only-binary :all: -r "requirements/$lock.txt"
 if [ "$lock" = dev ]; then
     pip_install --require-hashes --no-build-isolation --no-deps -r requirements/sdist.txt
 fi

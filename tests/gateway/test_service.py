@@ -106,9 +106,9 @@ async def test_no_more_than_the_window_is_in_service_or_read(open_mesh: Any, set
 
         async def endless() -> Any:
             nonlocal taken
-            while not release.is_set() or taken < 40:
+            while not release.is_set() or taken < 100:
                 taken += 1
-                # Large enough that gRPC's own buffers hold a few only.
+                # gRPC's own buffers hold some of these: up to 16 MB where the link is fast.
                 yield chunk(mesh, taken, [f"{taken} " + "x" * 300_000])
 
         mesh.text.before = count
@@ -120,9 +120,9 @@ async def test_no_more_than_the_window_is_in_service_or_read(open_mesh: Any, set
             if taken == before:
                 break
         assert len(mesh.text.calls) == 3
-        assert taken < 40
+        assert taken < 100
         release.set()
-        assert len(await answers) == taken >= 40
+        assert len(await answers) == taken >= 100
         assert most == 3
 
 
