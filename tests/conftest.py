@@ -42,9 +42,12 @@ def tower_weights() -> Callable[[str], Any]:
 
 @pytest.fixture(scope="session")
 def make_tower(tower_weights: Any) -> Callable[..., Path]:
-    """Make the folder of a real, tiny ONNX model: the mean over pixels or frames, times a matrix."""
+    """Make the folder of a real, tiny ONNX model: the mean over pixels or frames, times a matrix.
 
-    def make(folder: Path, modality: str, **changes: Any) -> Path:
+    `masked`: sounds of all lengths share a batch, told apart by an attention mask.
+    """
+
+    def make(folder: Path, modality: str, *, masked: bool = True, **changes: Any) -> Path:
         folder.mkdir(parents=True)
         float32, int64 = TensorProto.FLOAT, TensorProto.INT64
         weights = numpy_helper.from_array(tower_weights(modality), "weights")
@@ -55,11 +58,12 @@ def make_tower(tower_weights: Any) -> Callable[..., Path]:
             nodes = [helper.make_node("ReduceMean", [name, "axes"], ["mean"], keepdims=0)]
         else:
             name, config, units = "input_features", AUDIO_CONFIG, 1000
-            inputs = [
-                helper.make_tensor_value_info(name, float32, ["n", "t", 64]),
-                helper.make_tensor_value_info("attention_mask", int64, ["n", "t"]),
-            ]
-            last = numpy_helper.from_array(np.array([2]), "last")
+            inputs = [helper.make_tensor_value_info(name, float32, ["n", "t", 64])]
+            nodes = [helper.make_node("ReduceMean", [name, "axes"], ["mean"], keepdims=0)]
+        constants = [weights, axes]
+        if masked and modality == "audio":
+            inputs.append(helper.make_tensor_value_info("attention_mask", int64, ["n", "t"]))
+            constants.append(numpy_helper.from_array(np.array([2]), "last"))
             nodes = [
                 helper.make_node("Cast", ["attention_mask"], ["mask"], to=float32),
                 helper.make_node("Unsqueeze", ["mask", "last"], ["wide"]),
@@ -70,7 +74,6 @@ def make_tower(tower_weights: Any) -> Callable[..., Path]:
             ]
         nodes.append(helper.make_node("MatMul", ["mean", "weights"], ["embeds"]))
         outputs = [helper.make_tensor_value_info("embeds", float32, ["n", DIMENSIONS])]
-        constants = [weights, axes] if modality == "image" else [weights, axes, last]
         graph = helper.make_graph(nodes, "tower", inputs, outputs, constants)
         onnx.save(
             helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), folder / "m.onnx"

@@ -22,7 +22,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -90,7 +90,8 @@ class BatchPolicy:
 class Pending(Generic[T, R]):
     """One input that waits. Its future is the request: there is no other record of it.
 
-    `arrival` and `deadline` are seconds of the event loop's clock, `deadline` inf for none.
+    `arrival` and `deadline` are seconds of the event loop's clock, `deadline` inf for none. Only entries
+    of equal `group` share a batch.
     """
 
     item: T
@@ -99,6 +100,7 @@ class Pending(Generic[T, R]):
     arrival: float
     deadline: float
     future: asyncio.Future[R]
+    group: Hashable = None
     waiting: bool = True
 
 
@@ -160,9 +162,9 @@ def take_batch(queue: PendingQueue[T, R], policy: BatchPolicy, now: float) -> Ta
     """Take the next batch out of the queue. Pure: no await, no clock, no metrics.
 
     The oldest input always rides: the interactive ones go before the bulk ones, except when it is
-    the turn of aged bulk work. Then follow those that fit, in order (packed), or those of like length
-    first (padded), among the next `policy.lookahead`. An input that is passed over moves up, and
-    rides at the latest as the oldest. An input over `max_cost` rides alone. On the way, inputs whose
+    the turn of aged bulk work. Then follow those of its group that fit, in order (packed), or those of
+    like length first (padded), among the next `policy.lookahead`. An input that is passed over moves up,
+    and rides at the latest as the oldest. An input over `max_cost` rides alone. On the way, inputs whose
     future is done (`gone`) or whose deadline is not after `now` (`expired`) are taken out; they are
     never in a batch. Time grows with what is taken and with the lookahead, not with the queue.
     """
@@ -220,7 +222,7 @@ def _fill_packed(batch: list[Pending[T, R]], live: Iterator[Pending[T, R]], poli
         entry = next(live, None)
         if entry is None:
             break
-        if entry.cost <= room:
+        if entry.cost <= room and entry.group == batch[0].group:
             batch.append(entry)
             room -= entry.cost
         else:
@@ -234,9 +236,10 @@ def _fill_padded(batch: list[Pending[T, R]], live: Iterator[Pending[T, R]], poli
     if oldest.cost * 2 > policy.max_cost or policy.max_items == 1:
         return []
     window = list(islice(live, policy.lookahead))
+    alike = [entry for entry in window if entry.group == oldest.group]
     shortest = longest = oldest.cost
     # The sort is stable, so equals keep their order; the priority that leads fills first.
-    for entry in sorted(window, key=lambda e: (e.priority is not oldest.priority, abs(e.cost - oldest.cost))):
+    for entry in sorted(alike, key=lambda e: (e.priority is not oldest.priority, abs(e.cost - oldest.cost))):
         low, high = min(shortest, entry.cost), max(longest, entry.cost)
         if high * (len(batch) + 1) <= policy.max_cost and high <= _ALIKE * low:
             batch.append(entry)
@@ -310,6 +313,7 @@ class Batcher(Generic[T, R]):
         self,
         items: Sequence[T],
         costs: Sequence[int],
+        groups: Sequence[Hashable] | None = None,
         *,
         priority: Priority = Priority.INTERACTIVE,
         deadline: float = math.inf,
@@ -319,6 +323,7 @@ class Batcher(Generic[T, R]):
         Args:
             items: What `run_batch` will get.
             costs: Units of each item alone, at least 1.
+            groups: What each item may share a batch with: those of equal group. By default all share.
             priority: Who waits.
             deadline: Absolute seconds of the event loop's clock.
 
@@ -332,8 +337,9 @@ class Batcher(Generic[T, R]):
         """
         if self._closing:
             raise NotReady("the node is shutting down", retry_after=_RETRY_UNKNOWN)
-        if len(items) != len(costs) or min(costs, default=1) < 1:
-            raise ValueError("every item needs a cost of at least 1")
+        groups = [None] * len(items) if groups is None else groups
+        if not len(items) == len(costs) == len(groups) or min(costs, default=1) < 1:
+            raise ValueError("every item needs a cost of at least 1, and a group where there are any")
         total = sum(costs)
         waiting = self._queue.cost[priority]
         if waiting and waiting + total > self._max_queue_cost:
@@ -346,8 +352,8 @@ class Batcher(Generic[T, R]):
         loop = asyncio.get_running_loop()
         now = loop.time()
         futures: list[asyncio.Future[R]] = []
-        for item, cost in zip(items, costs, strict=True):
-            entry = Pending(item, cost, priority, now, deadline, loop.create_future())
+        for item, cost, group in zip(items, costs, groups, strict=True):
+            entry = Pending(item, cost, priority, now, deadline, loop.create_future(), group)
             entry.future.add_done_callback(partial(self._on_done, entry))
             self._queue.append(entry)
             futures.append(entry.future)

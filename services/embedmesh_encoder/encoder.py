@@ -222,7 +222,13 @@ class Encoder:
         prepared = await self._prepare(items, truncation, deadline)
         self._prepare_seconds.observe(time.perf_counter() - started)
         good = [each for each in prepared if isinstance(each, Prepared)]
-        futures = self._batcher.submit(good, [each.units for each in good], priority=priority, deadline=deadline)
+        futures = self._batcher.submit(
+            good,
+            [each.units for each in good],
+            [each.group for each in good],
+            priority=priority,
+            deadline=deadline,
+        )
         try:
             if futures:
                 left = None if math.isinf(deadline) else deadline - loop.time()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,12 +24,14 @@ class Prepared:
         original_units: Units the whole input would have taken; equals `units` when nothing was
             cut. A lower bound for inputs many times longer than the model can read.
         truncated: Whether part of the input is not read.
+        group: Only inputs of equal group can be collated, e.g. images of one shape. None where all can.
     """
 
     data: Any
     units: int
     original_units: int
     truncated: bool
+    group: Hashable = None
 
 
 class Preparer(Protocol):
@@ -52,7 +54,7 @@ class Preparer(Protocol):
         """
 
     def collate(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
-        """Lay a batch of one or more inputs out as the graph's feeds."""
+        """Lay a batch of one or more inputs of one group out as the graph's feeds."""
 
     def split(self, outputs: Mapping[str, NDArray[Any]], batch: Sequence[Prepared]) -> NDArray[np.float32]:
         """Take the vectors out of the graph's outputs: float32 [n, d], as pooled, not normalised."""

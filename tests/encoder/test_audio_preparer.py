@@ -105,8 +105,13 @@ def test_without_a_mask_lengths_do_not_mix() -> None:
     made = preparer(LogMelSpec())
     same = [made.prepare(item(noise(8000, seed)), END) for seed in (1, 2)]
     assert made.collate(same)["input_features"].shape == (2, 48, 64)
+    longer = made.prepare(item(noise(9000)), END)
+    assert same[0].group == same[1].group != longer.group
     with pytest.raises(ValueError, match="different lengths"):
-        made.collate([*same, made.prepare(item(noise(9000)), END)])
+        made.collate([*same, longer])
+    for spec, inputs in ((LogMelSpec(), ("input_features", "attention_mask")), (AstSpec(), ())):
+        groups = {preparer(spec, inputs=inputs).prepare(item(noise(n)), END).group for n in (8000, 9000)}
+        assert groups == {None}
 
 
 def test_long_sounds_are_cut_after_resampling_as_the_whole_would_be() -> None:
@@ -175,6 +180,19 @@ class TestWindows:
         rows = np.stack([hidden[0, :9].mean(0), hidden[1].mean(0), hidden[2].mean(0), hidden[3, :19].mean(0)])
         expected = np.stack([rows[0], (rows[1:] * long.data.weights[:, None]).sum(axis=0)])
         np.testing.assert_allclose(pooling.split({"out": hidden}, [short, long]), expected, atol=1e-5)
+
+    def test_without_a_mask_windows_are_of_one_length(self) -> None:
+        spec = RawSpec(do_normalize=False)
+        made = preparer(spec, 200, window_units=50)
+        wave = noise(320 * 120)
+        three, one, full = (made.prepare(item(part), REFUSE) for part in (wave, wave[:9600], wave[:16_000]))
+        assert (three.units, three.truncated) == (150, False)
+        rows = made.collate([three, full])["input_values"]
+        expected = np.stack([wave[:16_000], wave[16_000:32_000], wave[-16_000:], wave[:16_000]])
+        np.testing.assert_array_equal(rows, expected)
+        np.testing.assert_allclose(three.data.weights, [50 / 120, 50 / 120, 20 / 120], atol=1e-6)
+        assert three.group == full.group == 16_000
+        assert (len(one.data.windows), one.units, one.group) == (1, 30, 9600)
 
 
 def test_clap_fusion_reads_all() -> None:

@@ -5,7 +5,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from typing import Any
 
 import pytest
@@ -23,11 +23,16 @@ Queue = PendingQueue[Any, Any]
 
 
 def entry(
-    cost: int = 1, priority: Priority = INTERACTIVE, arrival: float = 0.0, deadline: float = math.inf, item: Any = None
+    cost: int = 1,
+    priority: Priority = INTERACTIVE,
+    arrival: float = 0.0,
+    deadline: float = math.inf,
+    item: Any = None,
+    group: Hashable = None,
 ) -> Entry:
     # The planner only asks a future whether it is done: one without an event loop will do.
     future: Any = concurrent.futures.Future()
-    return Pending(item, cost, priority, arrival, deadline, future)
+    return Pending(item, cost, priority, arrival, deadline, future, group)
 
 
 def queue_of(*entries: Entry) -> Queue:
@@ -78,6 +83,26 @@ def test_take(waiting: list[int], policy: BatchPolicy, batch: list[int], rest: l
     assert left(queue) == rest
     assert queue.cost[INTERACTIVE] == sum(rest)
     assert len(queue) == len(rest)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("waiting", "policy", "batch"),
+    [
+        pytest.param("aabab", {}, [0, 1, 3], id="only the group of the oldest"),
+        pytest.param("baaaa", {}, [0], id="the oldest rides, alone of its group"),
+        pytest.param("abcda", {"lookahead": 3}, [0], id="those passed over count as looked at"),
+        pytest.param("abcda", {"lookahead": 4}, [0, 4], id="lookahead reaches"),
+        pytest.param("abaaa", {"max_items": 3}, [0, 2, 3], id="max items"),
+        pytest.param("abaaa", {"max_cost": 2}, [0, 2], id="max cost"),
+    ],
+)
+def test_groups_do_not_mix(waiting: str, policy: dict[str, Any], batch: list[int], padded: bool) -> None:
+    entries = [entry(group=group) for group in waiting]
+    queue = queue_of(*entries)
+    taken = take_batch(queue, BatchPolicy(padded=padded, **policy), 0.0)
+    assert taken.batch == [entries[i] for i in batch]
+    assert list(queue.lines[INTERACTIVE]) == [each for i, each in enumerate(entries) if i not in batch]
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -137,12 +162,13 @@ def test_policy_refuses_nonsense(wrong: dict[str, Any]) -> None:
 
 entries_strategy = st.lists(
     st.builds(
-        lambda cost, bulk, dt, deadline, gone: (cost, BULK if bulk else INTERACTIVE, dt, deadline, gone),
+        lambda cost, bulk, dt, deadline, gone, group: (cost, BULK if bulk else INTERACTIVE, dt, deadline, gone, group),
         st.integers(1, 40),
         st.booleans(),
         st.floats(0, 3),
         st.sampled_from([math.inf, math.inf, 0.5, 5.0]),
         st.sampled_from([False, False, False, True]),
+        st.sampled_from([None, None, (3, 8, 8), (3, 8, 9)]),
     ),
     max_size=60,
 )
@@ -158,14 +184,14 @@ policies = st.builds(
 
 @given(entries_strategy, policies, st.data())
 def test_properties(
-    raw: list[tuple[int, Priority, float, float, bool]], policy: BatchPolicy, data: st.DataObject
+    raw: list[tuple[int, Priority, float, float, bool, Hashable]], policy: BatchPolicy, data: st.DataObject
 ) -> None:
     queue: Queue = PendingQueue()
     everything: list[Entry] = []
     now = 0.0
-    for cost, priority, dt, deadline, gone in raw:
+    for cost, priority, dt, deadline, gone, group in raw:
         now += dt
-        each = entry(cost, priority, now, now + deadline, item=len(everything))
+        each = entry(cost, priority, now, now + deadline, item=len(everything), group=group)
         queue.append(each)
         everything.append(each)
         if gone and data.draw(st.booleans()):
@@ -195,6 +221,7 @@ def test_properties(
             oldest_bulk = next(each for each in waiting if each.priority is BULK)
             others = any(each.priority is INTERACTIVE for each in fit_to_run)
             assert not others or now - oldest_bulk.arrival >= policy.aging_seconds
+        assert len({each.group for each in taken.batch}) == 1
         # Within the limits, unless alone.
         sizes = costs(taken)
         assert len(sizes) <= policy.max_items
@@ -202,18 +229,19 @@ def test_properties(
         assert total <= policy.max_cost or len(sizes) == 1
         if policy.padded:
             assert max(sizes) <= 2 * min(sizes)
-        # Order is kept within equals: whoever rides, no older one of same priority and cost stays.
+        # Order is kept within equals: whoever rides, no older one of same priority, group and cost stays.
         for rider in taken.batch:
             stayed = [each for each in fit_to_run if each.waiting and each.arrival < rider.arrival]
-            assert not any((each.cost, each.priority) == (rider.cost, rider.priority) for each in stayed)
+            equals = (rider.cost, rider.priority, rider.group)
+            assert not any((each.cost, each.priority, each.group) == equals for each in stayed)
         now += data.draw(st.floats(0, 2), label="time of the batch")
     assert len(seen) == len(everything), "lost"
     assert len(queue) == sum(queue.cost.values()) == 0
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=80), policies)
-def test_nobody_waits_longer_than_its_place_in_the_queue(waiting: list[int], policy: BatchPolicy) -> None:
-    entries = [entry(cost) for cost in waiting]
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 3)), min_size=1, max_size=80), policies)
+def test_nobody_waits_longer_than_its_place_in_the_queue(waiting: list[tuple[int, int]], policy: BatchPolicy) -> None:
+    entries = [entry(cost, group=group) for cost, group in waiting]
     queue = queue_of(*entries)
     for place, each in enumerate(entries):
         if each.waiting:
@@ -262,7 +290,9 @@ def test_endless_interactive_work_does_not_starve_bulk_work() -> None:
     assert len(waited[INTERACTIVE]) >= 0.7 * 30 / 0.033
 
 
-def test_time_does_not_grow_with_the_queue() -> None:
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("groups", [1, 10**9])
+def test_time_does_not_grow_with_the_queue(groups: int, padded: bool) -> None:
     def visits(length: int) -> int:
         """Count how often a batch asks futures of a queue so long."""
         asked = 0
@@ -274,11 +304,12 @@ def test_time_does_not_grow_with_the_queue() -> None:
                 return False
 
         queue: Queue = PendingQueue()
-        for _ in range(length):
+        for number in range(length):
             future: Any = Asked()
-            queue.append(Pending(None, 100, INTERACTIVE, 0.0, math.inf, future))
+            queue.append(Pending(None, 100, INTERACTIVE, 0.0, math.inf, future, number % groups))
         for _ in range(10):
-            assert len(take_batch(queue, BatchPolicy(max_cost=256), 0.0).batch) == 2
+            batch = take_batch(queue, BatchPolicy(max_cost=256, padded=padded), 0.0).batch
+            assert len(batch) == (2 if groups == 1 else 1)
         return asked
 
     assert visits(100_000) == visits(1_000)
@@ -367,6 +398,12 @@ async def test_answers_in_place(make: Make, registry: CollectorRegistry) -> None
     assert sample(registry, "batch_cost_units_sum") == sample(registry, "batch_units_total", kind="real") == 20
     assert sample(registry, "encoder_stage_seconds_count", stage="queue") == 4
     assert sample(registry, "encoder_stage_seconds_count", stage="infer") == 2
+
+
+async def test_groups_run_apart(make: Make, model: Model) -> None:
+    batcher = make()
+    assert await asyncio.gather(*batcher.submit([1, 2, 3, 4], [1] * 4, ["a", "b", "a", None])) == [1, 2, 3, 4]
+    assert model.batches == [[1, 3], [2], [4]]
 
 
 async def test_padding_is_counted(make: Make, registry: CollectorRegistry) -> None:
@@ -575,10 +612,14 @@ async def test_a_request_over_the_whole_limit_is_let_in_when_the_queue_is_empty(
     assert await asyncio.gather(busy, *huge) == ["busy", 1, 2]
 
 
-@pytest.mark.parametrize(("items", "item_costs"), [([1], []), ([1], [0]), ([1, 2], [1, -1])])
-async def test_costs_must_make_sense(make: Make, items: list[int], item_costs: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("items", "item_costs", "groups"), [([1], [], None), ([1], [0], None), ([1, 2], [1, -1], None), ([1], [1], [])]
+)
+async def test_costs_and_groups_must_make_sense(
+    make: Make, items: list[int], item_costs: list[int], groups: list[Hashable] | None
+) -> None:
     with pytest.raises(ValueError, match="cost"):
-        make().submit(items, item_costs)
+        make().submit(items, item_costs, groups)
 
 
 async def test_nothing_is_a_request_too(make: Make) -> None:

@@ -78,6 +78,7 @@ def test_a_batch_is_a_stack() -> None:
     batch = [prepare(preparer, item(colour=colour)) for colour in ((255, 0, 0), (0, 255, 0))]
     feeds = preparer.collate(batch)
     assert list(feeds) == ["image"]
+    assert batch[0].group == batch[1].group != prepare(make(ImageSpec()), item()).group
     assert feeds["image"].shape == (2, 3, 32, 48)
     assert feeds["image"][:, :, 0, 0].tolist() == [[1, 0, 0], [0, 1, 0]]
 

@@ -1,11 +1,14 @@
 """Images and sounds take the same path as text: manifest, preparer, graph, vector."""
 
 import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from prometheus_client import CollectorRegistry
 
@@ -14,11 +17,12 @@ from embedmesh.v1 import audio_pb2
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh.vectors import encode_into
 from embedmesh_encoder.audio import AudioItem
-from embedmesh_encoder.backend import create_backend
-from embedmesh_encoder.encoder import Encoded, Encoder
+from embedmesh_encoder.backend import Backend, create_backend
+from embedmesh_encoder.encoder import Encoded, Encoder, EncoderOptions
 from embedmesh_encoder.image import ImageItem
 from embedmesh_encoder.modalities import audio_preparer, image_preparer, warm_audio, warm_images
 from embedmesh_encoder.model import ModelError, load_spec
+from embedmesh_encoder.preparation import Preparer
 from embedmesh_encoder.service import _read_audio
 from embedmesh_encoder.settings import AudioSettings, ImageSettings
 from embedmesh_server.metrics import EncoderMetrics
@@ -73,6 +77,86 @@ async def test_sounds_of_unlike_lengths_share_batches(make_tower: Any, tower_wei
     assert longest.truncated
     assert (longest.units, longest.original_units) == (1000, 1198)
     assert await encoder.close(1)
+
+
+class Counted:
+    """A backend that keeps the shapes of what it is given."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.name, self.precision = backend.name, backend.precision
+        self.shapes: list[tuple[int, ...]] = []
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        self.shapes += [feed.shape for name, feed in feeds.items() if name != "attention_mask"]
+        return self._backend.run(feeds)
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+async def embedded(
+    folder: Path, items: Sequence[Any], caplog: pytest.LogCaptureFixture
+) -> tuple[Counted, list[Encoded]]:
+    """Embed together, none of which may fail, and see that each is what it is alone."""
+    spec = load_spec(folder)
+    backend = Counted(create_backend(spec))
+    preparer: Preparer
+    if spec.modality == "image":
+        preparer = image_preparer(spec, ImageSettings.model_validate({"model": [folder]}))
+    else:
+        preparer = audio_preparer(spec, AudioSettings.model_validate({"model": [folder]}))
+    options = EncoderOptions(batch_cost=1 << 20)
+    encoder = Encoder(spec, preparer, backend, EncoderMetrics(CollectorRegistry()), options)
+    outcomes = await encoder.embed(items)
+    shapes = backend.shapes.copy()
+    for item, outcome in zip(items, outcomes, strict=True):
+        [alone] = await encoder.embed([item])
+        assert isinstance(alone, Encoded)
+        assert isinstance(outcome, Encoded)
+        np.testing.assert_allclose(outcome.vector, alone.vector, atol=1e-5)
+    backend.shapes = shapes
+    assert await encoder.close(1)
+    assert "by halves" not in caplog.text
+    return backend, [outcome for outcome in outcomes if isinstance(outcome, Encoded)]
+
+
+async def test_images_of_one_shape_share_a_batch(
+    make_tower: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = {"do_resize": False, "do_center_crop": False}
+    folder = make_tower(tmp_path / "m", "image", config=free, max_input_units=1000)
+    sizes = [(40, 50), (33, 99), (64, 16)]
+    items = [ImageItem(picture(i, sizes[i * i % 3])) for i in range(24)]
+    backend, _ = await embedded(folder, items, caplog)
+    counts = Counter(sizes[i * i % 3] for i in range(24))
+    # A run for each shape in all, none of which failed and was halved.
+    assert sorted(backend.shapes) == sorted((n, 3, *size) for size, n in counts.items())
+
+
+@pytest.mark.parametrize("masked", [True, False])
+async def test_sounds_share_a_batch_where_the_graph_can_tell_them_apart(
+    make_tower: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, masked: bool
+) -> None:
+    folder = make_tower(tmp_path / "m", "audio", masked=masked)
+    items = [tone(200 + 10 * i, (0.5, 0.6, 0.75)[i % 3]) for i in range(24)]
+    backend, outcomes = await embedded(folder, items, caplog)
+    lengths = [outcome.units for outcome in outcomes[:3]]
+    if masked:
+        assert backend.shapes == [(24, lengths[2], 64)]
+    else:
+        assert backend.shapes == [(8, length, 64) for length in lengths]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+async def test_long_sounds_are_averaged_over_windows(
+    make_tower: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, masked: bool
+) -> None:
+    audio = {"processor": "preprocessor_config.json", "window_units": 100}
+    folder = make_tower(tmp_path / "m", "audio", masked=masked, audio=audio)
+    backend, outcomes = await embedded(folder, [tone(300, 2.5), tone(500, 2.3), tone(700, 0.5)], caplog)
+    assert [outcome.units for outcome in outcomes] == [300, 300, 48]
+    assert backend.shapes == [(6, 100, 64), (1, 48, 64)]
 
 
 def test_a_changed_setting_of_pre_processing_changes_the_revision(make_tower: Any, tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ class AudioPreparer:
     sound, so that is what a sound costs. Prepared data are `AudioData`.
 
     `padded` is True for models of any length. Without an attention mask such a graph cannot tell silence from
-    nothing: `collate` then takes sounds of one length only.
+    nothing: only sounds of one length then share a batch, and where a long sound becomes windows, the last one is as
+    long as the others, begins earlier for it, and counts as much as what it has to itself.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class AudioPreparer:
         self._limits = limits or AudioLimits()
         self.limits: Mapping[str, int] = {"audio_bytes": self._limits.bytes, "audio_seconds": self._limits.seconds}
         self.padded = not spec.fixed_units
+        self._one_length = self.padded and _MASK not in self._inputs
         self._output = output
         self._pooling: Literal["graph", Pooling] = pooling
         self._max_units = max_input_units
@@ -149,13 +151,16 @@ class AudioPreparer:
             samples = samples[: self._most_samples]
         parts = [samples] if self._spec.reads_all else self._cut(samples)
         lengths = np.array([len(part) for part in parts], np.float32)
+        if len(parts) > 1 and self._one_length:
+            parts[-1] = samples[-len(parts[0]) :]
         data = AudioData(tuple(self._feeds(part) for part in parts), lengths / lengths.sum())
         if self._spec.fixed_units or len(parts) > 1:
             units = len(parts) * self._window
         else:
             units = self._spec.units(len(samples))
         original = max(original, units + 1) if truncated else units
-        return Prepared(data, units=units, original_units=original, truncated=truncated)
+        group = len(data.windows[0][self._spec.input_name]) if self._one_length else None
+        return Prepared(data, units=units, original_units=original, truncated=truncated, group=group)
 
     def collate(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
         """Stack the windows of all sounds, float32 [rows, ...], filled up with zeros where lengths differ.
@@ -171,7 +176,7 @@ class AudioPreparer:
         features = [window[self._spec.input_name] for window in windows]
         lengths = np.array([len(each) for each in features], np.int64)
         longest = int(lengths.max())
-        if _MASK not in self._inputs and (lengths != longest).any():
+        if self._one_length and (lengths != longest).any():
             raise ValueError("sounds of different lengths cannot share a batch: the graph takes no attention_mask")
         rows = np.zeros((len(features), longest, *features[0].shape[1:]), np.float32)
         for row, each in zip(rows, features, strict=True):

@@ -95,7 +95,8 @@ class ImagePreparer:
             raise InputTooLarge.over(
                 "the image", units, self._max_units, "patches" if self._patch_size else "units of 256 pixels"
             )
-        return Prepared(self._processor(image), units=units, original_units=units, truncated=False)
+        pixels = self._processor(image)
+        return Prepared(pixels, units=units, original_units=units, truncated=False, group=pixels.shape)
 
     def collate(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
         """Stack images of one shape: float32 [n, 3, height, width]."""
