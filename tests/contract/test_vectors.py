@@ -131,7 +131,7 @@ def test_int8_is_symmetric_and_within_half_a_step(rows: NDArray[np.float32]) -> 
         assert integers.dtype == np.int8
         assert integers.min() >= -127
         # A vector whose scale is no normal float32 becomes zeros.
-        step = tensor.scale * 0.501 or 127.1 * np.finfo(np.float32).tiny
+        step = tensor.scale * 0.501 or 127.1 * float(np.finfo(np.float32).tiny)
         np.testing.assert_allclose(vectors.dequantize(tensor), row, rtol=1e-5, atol=step)
         if tensor.scale:
             assert np.abs(integers).max() == 127
