@@ -69,6 +69,6 @@ if [ "$lock" = dev ]; then
     pip_install --require-hashes --no-build-isolation --no-deps -r requirements/sdist.txt
 fi
 if [ "$extra" = torch ]; then
-    pip_install torch==2.13.0 'sentence-transformers>=6.2,<6.3'
+    pip_install torch==2.13.0 'transformers>=5.23,<5.25' 'sentence-transformers>=6.2,<6.3'
 fi
 pip_install --no-build-isolation --no-deps --no-index --editable .
