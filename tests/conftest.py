@@ -44,10 +44,11 @@ def tower_weights() -> Callable[[str], Any]:
 def make_tower(tower_weights: Any) -> Callable[..., Path]:
     """Make the folder of a real, tiny ONNX model: the mean over pixels or frames, times a matrix.
 
-    `masked`: sounds of all lengths share a batch, told apart by an attention mask.
+    `masked`: sounds of all lengths share a batch, told apart by an attention mask. `busy`: every batch multiplies two
+    matrices of so many rows and columns besides, which changes no vector and takes its time.
     """
 
-    def make(folder: Path, modality: str, *, masked: bool = True, **changes: Any) -> Path:
+    def make(folder: Path, modality: str, *, masked: bool = True, busy: int = 0, **changes: Any) -> Path:
         folder.mkdir(parents=True)
         float32, int64 = TensorProto.FLOAT, TensorProto.INT64
         weights = numpy_helper.from_array(tower_weights(modality), "weights")
@@ -72,7 +73,18 @@ def make_tower(tower_weights: Any) -> Callable[..., Path]:
                 helper.make_node("ReduceSum", ["mask", "axes"], ["count"], keepdims=1),
                 helper.make_node("Div", ["sum", "count"], ["mean"]),
             ]
-        nodes.append(helper.make_node("MatMul", ["mean", "weights"], ["embeds"]))
+        nodes.append(helper.make_node("MatMul", ["mean", "weights"], ["embeds" if not busy else "products"]))
+        if busy:
+            constants.append(numpy_helper.from_array(np.array([busy, busy]), "square"))
+            constants.append(numpy_helper.from_array(np.zeros(1, np.float32), "nothing"))
+            nodes += [
+                helper.make_node("ReduceMean", ["products"], ["number"]),
+                helper.make_node("Expand", ["number", "square"], ["matrix"]),
+                helper.make_node("MatMul", ["matrix", "matrix"], ["product"]),
+                helper.make_node("ReduceMean", ["product"], ["another"]),
+                helper.make_node("Mul", ["another", "nothing"], ["zero"]),
+                helper.make_node("Add", ["products", "zero"], ["embeds"]),
+            ]
         outputs = [helper.make_tensor_value_info("embeds", float32, ["n", DIMENSIONS])]
         graph = helper.make_graph(nodes, "tower", inputs, outputs, constants)
         onnx.save(

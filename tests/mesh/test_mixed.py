@@ -1,5 +1,6 @@
 """Texts, pictures and sounds in one request, through three real encoders."""
 
+import asyncio
 import io
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image
 
 import embedmesh
 from embedmesh.errors import InputTooLarge, UndecodableInput
+from embedmesh_encoder.backend.fake import write_model
 
 
 def picture(seed: int) -> bytes:
@@ -80,3 +82,41 @@ async def test_a_mixed_request_keeps_its_order(
             ("tiny-image", "tiny", "image"),
             ("tiny-audio", "tiny", "audio"),
         }
+
+
+async def test_the_three_encoders_compute_at_once(
+    start_mesh: Any, make_tower: Any, tmp_path: Path, scrape: Any, total: Any
+) -> None:
+    # About a second a batch each: text sleeps, the others multiply matrices with one thread.
+    write_model(tmp_path / "text", base_ms=1500)
+    options: dict[str, Any] = {"text_models": (tmp_path / "text",)}
+    for modality in ("image", "audio"):
+        options[f"{modality}_models"] = (make_tower(tmp_path / modality, modality, busy=3072),)
+        options[modality] = {"threads": 1}
+
+    async with start_mesh(**options) as mesh, embedmesh.AsyncClient(mesh.address) as client:
+
+        async def computes(role: str) -> bool:
+            """Whether a batch, here of one input, has left the queue and has not come back from the model."""
+            samples = await scrape(mesh.role(role).http)
+            begun, ended = (
+                total(samples, "embedmesh_encoder_stage_seconds_count", stage=stage) for stage in ("queue", "infer")
+            )
+            return bool(begun > ended)
+
+        seen = False
+        for number in range(5):
+            inputs: list[Any] = [
+                f"text {number}",
+                embedmesh.Image(picture(number)),
+                embedmesh.Audio(sound(200 + number)),
+            ]
+            request = asyncio.create_task(client.embed(inputs))
+            while not request.done() and not seen:
+                # Each has one batch a request, so who computes at two looks did so between them: at the third look
+                # all three do.
+                seen = all([await computes(role) for role in ("text", "image", "audio", "image", "text")])
+            assert not [result.error for result in (await request).results if result.error]
+            if seen:
+                break
+        assert seen
