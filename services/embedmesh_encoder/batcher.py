@@ -335,20 +335,10 @@ class Batcher(Generic[T, R]):
             Overloaded: The queue of this priority has no room for all of them. A request over
                 the limit by itself is let in when the queue is empty.
         """
-        if self._closing:
-            raise NotReady("the node is shutting down", retry_after=_RETRY_UNKNOWN)
         groups = [None] * len(items) if groups is None else groups
         if not len(items) == len(costs) == len(groups) or min(costs, default=1) < 1:
             raise ValueError("every item needs a cost of at least 1, and a group where there are any")
-        total = sum(costs)
-        waiting = self._queue.cost[priority]
-        if waiting and waiting + total > self._max_queue_cost:
-            self._refused.inc(len(items))
-            raise Overloaded(
-                f"the {priority.value} queue is full: {waiting} units wait, {total} more are over the limit of "
-                f"{self._max_queue_cost}",
-                retry_after=self._retry_after(min(waiting, waiting + total - self._max_queue_cost)),
-            )
+        self.require_room(len(items), sum(costs), priority)
         loop = asyncio.get_running_loop()
         now = loop.time()
         futures: list[asyncio.Future[R]] = []
@@ -360,6 +350,24 @@ class Batcher(Generic[T, R]):
         self._show_queue()
         self._schedule_pump()
         return futures
+
+    def require_room(self, inputs: int, cost: int, priority: Priority) -> None:
+        """See that so many inputs, of so many units in all, could be queued now.
+
+        Raises:
+            NotReady: See `submit`.
+            Overloaded: See `submit`.
+        """
+        if self._closing:
+            raise NotReady("the node is shutting down", retry_after=_RETRY_UNKNOWN)
+        waiting = self._queue.cost[priority]
+        if waiting and waiting + cost > self._max_queue_cost:
+            self._refused.inc(inputs)
+            raise Overloaded(
+                f"the {priority.value} queue is full: {waiting} units wait, {cost} more are over the limit of "
+                f"{self._max_queue_cost}",
+                retry_after=self._retry_after(min(waiting, waiting + cost - self._max_queue_cost)),
+            )
 
     async def close(self, within: float = 0.0) -> bool:
         """Refuse new work, finish what is queued within so many seconds, fail the rest with NotReady.

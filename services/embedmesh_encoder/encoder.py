@@ -1,6 +1,7 @@
 """One served model: inputs in, vectors out, each input with an outcome of its own.
 
-prepare   in a few threads, a slice of time at a turn, so that no request holds up another
+prepare   in a few threads, a slice of time at a turn, so that no request holds up another; a long request
+          takes all threads
 queue     `batcher.py`
 infer     in the batcher's threads: collate, run, pool, normalise, check
 """
@@ -11,9 +12,10 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from operator import length_hint
 from typing import Any, Final
 
 import numpy as np
@@ -111,6 +113,7 @@ class Encoder:
         self._preparer = preparer
         self._backend = backend
         self._metrics = metrics
+        self._prepare_threads = options.prepare_threads
         self._executor = ThreadPoolExecutor(options.prepare_threads, thread_name_prefix=f"prepare-{spec.name}")
         self._batcher: Batcher[Prepared, Row] = Batcher(
             self._infer,
@@ -218,6 +221,8 @@ class Encoder:
         self, items: Sequence[Any], truncation: pb.Truncation.ValueType, priority: Priority, deadline: float
     ) -> list[Encoded | EmbedMeshError]:
         loop = asyncio.get_running_loop()
+        # Decoding pictures that are then refused would make an overload worse.
+        self._batcher.require_room(len(items), len(items), priority)
         started = time.perf_counter()
         prepared = await self._prepare(items, truncation, deadline)
         self._prepare_seconds.observe(time.perf_counter() - started)
@@ -244,39 +249,49 @@ class Encoder:
         self, items: Sequence[Any], truncation: pb.Truncation.ValueType, deadline: float
     ) -> list[Prepared | EmbedMeshError]:
         loop = asyncio.get_running_loop()
-        outcomes: list[Prepared | EmbedMeshError] = []
-        while len(outcomes) < len(items):
+        outcomes: dict[int, Prepared | EmbedMeshError] = {}
+        # Threads take turns at it: each place is given out once.
+        waiting = iter(range(len(items)))
+
+        async def turn() -> None:
             if loop.time() >= deadline:
                 raise DeadlineExceeded("the deadline passed while the inputs were prepared")
-            start = len(outcomes)
             try:
-                part = await loop.run_in_executor(self._executor, self._prepare_slice, items, start, truncation)
+                await loop.run_in_executor(self._executor, self._prepare_slice, items, waiting, outcomes, truncation)
             except RuntimeError:  # the executor is shut down
                 raise NotReady("the node is shutting down", retry_after=1.0) from None
-            for each in part:
-                if isinstance(each, Prepared | EmbedMeshError):
-                    outcomes.append(each)
-                else:
-                    defect = InternalError("this input could not be prepared")
-                    defect.__cause__ = each
-                    outcomes.append(defect)
-        return outcomes
+
+        async def turns() -> None:
+            while length_hint(waiting):
+                await turn()
+
+        # A few texts are done in one turn; what takes longer is worth more threads.
+        if items:
+            await turn()
+        await asyncio.gather(*(turns() for _ in range(min(self._prepare_threads, length_hint(waiting)))))
+        return [outcomes[place] for place in range(len(items))]
 
     def _prepare_slice(
-        self, items: Sequence[Any], start: int, truncation: pb.Truncation.ValueType
-    ) -> list[Prepared | Exception]:
+        self,
+        items: Sequence[Any],
+        waiting: Iterator[int],
+        outcomes: dict[int, Prepared | EmbedMeshError],
+        truncation: pb.Truncation.ValueType,
+    ) -> None:
         """Prepare one input, and then as many as the slice of time allows."""
         until = time.perf_counter() + _SLICE_SECONDS
-        outcomes: list[Prepared | Exception] = []
-        for index in range(start, len(items)):
-            item = items[index]
+        for place in waiting:
+            item = items[place]
             try:
-                outcomes.append(item if isinstance(item, EmbedMeshError) else self._preparer.prepare(item, truncation))
+                outcomes[place] = item if isinstance(item, EmbedMeshError) else self._preparer.prepare(item, truncation)
+            except EmbedMeshError as error:
+                outcomes[place] = error
             except Exception as error:  # noqa: BLE001  (one bad input never fails its neighbours)
-                outcomes.append(error)
+                defect = InternalError("this input could not be prepared")
+                defect.__cause__ = error
+                outcomes[place] = defect
             if time.perf_counter() >= until:
                 break
-        return outcomes
 
     def _infer(self, batch: Sequence[Prepared]) -> list[Row | EmbedMeshError]:
         rows = self._preparer.split(self._backend.run(self._preparer.collate(batch)), batch)

@@ -155,6 +155,21 @@ async def test_a_long_request_is_prepared_in_turns_with_others(make_encoder: Mak
     assert order[-1] == "long 4"
 
 
+async def test_inputs_of_a_long_request_are_prepared_side_by_side(make_encoder: Make) -> None:
+    both = threading.Barrier(2)
+
+    def prepare(item: TextItem) -> None:
+        if item.text == "first":
+            threading.Event().wait(0.006)  # a slice of time
+        else:
+            both.wait(10)
+
+    encoder, _, _ = make_encoder(wrap=lambda preparer: Wrapped(preparer, prepare), prepare_threads=2)
+    texts = ["first", "second", "the third", "one more", "the fifth and last"]
+    outcomes = await encoder.embed(items(*texts))
+    assert [outcome.units for outcome in outcomes] == [len(text) + 2 for text in texts]
+
+
 async def test_cancelling_takes_the_inputs_out_of_the_queue(make_encoder: Make) -> None:
     encoder, gate, registry = make_encoder()
     gate.shut()
@@ -209,6 +224,7 @@ async def test_a_deadline_that_passed_prepares_nothing(make_encoder: Make) -> No
 
 async def test_overload_is_refused_and_counted(make_encoder: Make) -> None:
     encoder, gate, registry = make_encoder(max_queue_cost=20)
+    preparer = encoder._preparer
     gate.shut()
     running = asyncio.create_task(encoder.embed(items("running")))
     await gate.entered(1)
@@ -218,11 +234,16 @@ async def test_overload_is_refused_and_counted(make_encoder: Make) -> None:
     with pytest.raises(Overloaded) as refused:
         await encoder.embed(items("a", "b"))
     assert refused.value.retry_after is not None
+    # Nothing is prepared where the queue is full for as many inputs of any size.
+    encoder._preparer = None
+    with pytest.raises(Overloaded):
+        await encoder.embed(items("a"))
+    encoder._preparer = preparer
     bulk = asyncio.create_task(encoder.embed(items("b"), priority=Priority.BULK))
     gate.open()
     await asyncio.gather(running, waiting, bulk)
     labels = {"model": "fake-text", "outcome": "OVERLOADED"}
-    assert registry.get_sample_value("embedmesh_encoder_inputs_total", labels) == 2
+    assert registry.get_sample_value("embedmesh_encoder_inputs_total", labels) == 3
 
 
 async def test_close_ends_everything(make_encoder: Make) -> None:
