@@ -68,8 +68,8 @@ test-node: .venv/dev.stamp ## Call the gateway from JavaScript (needs node and n
 	  { echo "embedmesh: make test-node needs node and npm on PATH (Debian, Ubuntu: apt install nodejs npm)." >&2; exit 1; }
 	$(PY) -m pytest -m node $(ARGS)
 
-bench: .venv/dev.stamp ## Measure the text path against what the model alone can do, in one run
-	@$(PY) tests/bench/text.py
+bench: .venv/dev.stamp ## Measure it all into build/bench (ARGS="text cached --rounds 3", ARGS=--list)
+	@$(PY) -m embedmesh_cli bench --output build/bench $(ARGS)
 
 lock: .venv/serve.stamp ## Lock the newest versions that pyproject.toml allows
 	$(PY) -m pip install --quiet --disable-pip-version-check --target .venv/uv --upgrade uv==0.13.9

@@ -3,7 +3,7 @@
 #
 #   sh requirements/lock.sh UV
 #
-# serve.txt   `make demo`, `make up`                  dev.txt     serve + tests + checks
+# serve.txt   `make demo`, `make up`                  dev.txt     serve + `make bench` + tests + checks
 # client.txt  `import embedmesh` and nothing else     sdist.txt   the one tool without a wheel, installed last
 # lowest.txt  the same with the oldest grpcio and protobuf that we promise to work with
 set -eu
@@ -17,7 +17,7 @@ compile() {
         --no-emit-find-links --output-file "$out" "$@"
 }
 
-compile dev.txt --upgrade --only-binary :all: --extra cli --group dev pyproject.toml
+compile dev.txt --upgrade --only-binary :all: --extra cli --extra bench --group dev pyproject.toml
 compile serve.txt --upgrade --only-binary :all: --extra cli --group build --constraints requirements/dev.txt pyproject.toml
 compile client.txt --upgrade --only-binary :all: --constraints requirements/dev.txt pyproject.toml
 compile sdist.txt --upgrade --group pyproject.toml:sdist

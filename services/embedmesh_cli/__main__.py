@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from embedmesh_cli import embed, models, up
+from embedmesh_cli import bench, embed, models, up
 from embedmesh_cli.console import UserError
 from embedmesh_cli.demo import demo
 
@@ -48,6 +48,7 @@ app.command("up", context_settings={**_CONTEXT, "auto_envvar_prefix": "EMBEDMESH
 app.command("embed", epilog=embed.EXAMPLES)(embed.embed)
 app.add_typer(models.app, name="models")
 app.command("demo")(demo)
+app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 
 
 def main() -> None:

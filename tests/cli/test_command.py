@@ -20,7 +20,7 @@ def test_version(cli: Any) -> None:
     assert cli("--version").out == f"embedmesh {version('embedmesh')}\n"
 
 
-@pytest.mark.parametrize("words", [[], ["up"], ["embed"], ["models"], ["models", "list"], ["demo"]])
+@pytest.mark.parametrize("words", [[], ["up"], ["embed"], ["models"], ["models", "list"], ["demo"], ["bench"]])
 def test_help(cli: Any, words: list[str]) -> None:
     done = cli(*words, "--help")
     assert done.status == 0
