@@ -6,7 +6,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo up test check check-style check-types check-imports check-contract check-package proto \
-        test-torch test-node bench lock clean
+        test-torch test-node bench bench-peers lock clean
 
 PY := .venv/bin/python
 ARGS ?=
@@ -70,6 +70,9 @@ test-node: .venv/dev.stamp ## Call the gateway from JavaScript (needs node and n
 
 bench: .venv/dev.stamp ## Measure it all into build/bench (ARGS="text cached --rounds 3", ARGS=--list)
 	@$(PY) -m embedmesh_cli bench --output build/bench $(ARGS)
+
+bench-peers: .venv/dev.stamp ## Measure other servers beside it, in environments of their own (4 GB, once)
+	@$(PY) -m embedmesh_cli bench peers --peers tests/bench/peers --output build/bench-peers $(ARGS)
 
 lock: .venv/serve.stamp ## Lock the newest versions that pyproject.toml allows
 	$(PY) -m pip install --quiet --disable-pip-version-check --target .venv/uv --upgrade uv==0.13.9

@@ -73,7 +73,10 @@ async def fairness(session: Session) -> Section:
     batch = Spread.of(one.seen.batch_seconds for one in solo).median
     limit = 2 * unloaded + batch
     part, least = (_rate(each) / _rate(solo) for each in (kept, starved))
-    section.tables += [speed_table("throughput", flat, "bulk alone"), tail_table("latency of a call", flat)]
+    section.tables += [
+        speed_table("throughput", flat, "bulk alone", part="of bulk alone"),
+        tail_table("latency of a call", flat),
+    ]
     section.checks += [
         Check(
             f"interactive p99 under bulk within twice its unloaded value and one batch, {milliseconds(limit)} ms",

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from embedmesh.v1 import audio_pb2, embedding_pb2, gateway_pb2, image_pb2, text_pb2
-from embedmesh_cli.console import USAGE, UserError
+from embedmesh_cli.console import FAILED, USAGE, UserError
 
 __all__ = ["Cache", "Material", "pictures", "requests", "sounds", "texts", "unseen"]
 
@@ -99,8 +99,11 @@ def _files(
     root = folder or Path(str(resources.files("embedmesh_cli.demo"))) / demo
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes)[:_MOST_FILES]
     if not paths:
+        status = USAGE if folder else FAILED
         where = f"in {folder}" if folder else "in this version of the demo"
-        raise UserError(f"no files for {modality} {where}: name a folder of {', '.join(suffixes)} with {flag} DIR.")
+        raise UserError(
+            f"no files for {modality} {where}: name a folder of {', '.join(suffixes)} with {flag} DIR.", status
+        )
     source = f"{folder.name}/" if folder else f"the demo's {demo}"
     return Material(modality, source, _mixed([path.read_bytes() for path in paths], count))
 

@@ -58,6 +58,10 @@ class Latencies:
             return float("nan")
         return float(self.histogram.get_value_at_percentile(percentile)) / self._MICRO
 
+    def knows(self, percentile: float) -> bool:
+        """Whether there are so many values that at least one lies beyond the percentile."""
+        return len(self) * (100 - percentile) >= 100 * (1 - 1e-9)
+
     @property
     def most(self) -> float:
         """The largest, in seconds; NaN without values."""

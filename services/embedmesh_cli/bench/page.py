@@ -56,7 +56,7 @@ def _html_of(section: Section) -> str:
 
 
 _WIDTH, _HEIGHT = 560, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 30, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 20, 30, 44
 
 
 class _Axis:

@@ -17,7 +17,7 @@ from typing import Any, Final
 import psutil
 
 from embedmesh_cli.bench.bound import Pass
-from embedmesh_cli.bench.measure import Latencies, Measured, Spread
+from embedmesh_cli.bench.measure import PERCENTILES, Latencies, Measured, Spread
 
 __all__ = ["Check", "Plot", "Report", "Section", "Series", "Table", "describe_machine", "speed_table", "tail_table"]
 
@@ -190,7 +190,9 @@ def _commit() -> str:
 # Tables that several scenarios show
 
 
-def speed_table(title: str, rows: Mapping[str, Sequence[Pass | Measured]], bound: str = "") -> Table:
+def speed_table(
+    title: str, rows: Mapping[str, Sequence[Pass | Measured]], bound: str = "", *, part: str = "of the bound"
+) -> Table:
     """Throughput: medians over the rounds, and what part of the row `bound` each is.
 
     Vectors a second depend on which texts a window happened to hold, so the part is that of units (tokens,
@@ -200,9 +202,9 @@ def speed_table(title: str, rows: Mapping[str, Sequence[Pass | Measured]], bound
     table = []
     for name, rounds in rows.items():
         rate = Spread.of(each.vectors for each in rounds)
-        part = _part(rounds, reference) if reference else math.nan
+        share = _part(rounds, reference) if reference else math.nan
         cells = [name, number(rate.median), f"{number(rate.low)} to {number(rate.high)}", number(_units(rounds))]
-        cells += [f"{part:.2f}" if math.isfinite(part) else ""]
+        cells += [f"{share:.2f}" if math.isfinite(share) else ""]
         loads = [each for each in rounds if isinstance(each, Measured)]
         if loads:
             latency = Latencies.merged(each.latency for each in loads)
@@ -218,12 +220,15 @@ def speed_table(title: str, rows: Mapping[str, Sequence[Pass | Measured]], bound
             cells += ["", "", _median(each.cpu_seconds * 1e3 / each.inputs for each in passes), ""]
             cells += [percent(_middle(each.padding for each in passes)), "", ""]
         table.append(cells)
-    columns = ("", "vectors/s", "rounds", "units/s", "of the bound", "p50 ms", "p99 ms", "CPU ms/vector", "in a batch")
+    columns = ("", "vectors/s", "rounds", "units/s", part, "p50 ms", "p99 ms", "CPU ms/vector", "in a batch")
     return Table(title, (*columns, "padding", "cached", "remarks"), table)
 
 
 def tail_table(title: str, rows: Mapping[str, Sequence[Measured | Latencies]]) -> Table:
-    """Latencies: percentiles over all calls of all rounds, and how the median moved between rounds."""
+    """Latencies: percentiles over all calls of all rounds, and how the median moved between rounds.
+
+    A percentile that fewer than one call lies beyond is left out.
+    """
     table = []
     for name, rounds in rows.items():
         each = [one.latency if isinstance(one, Measured) else one for one in rounds]
@@ -231,7 +236,9 @@ def tail_table(title: str, rows: Mapping[str, Sequence[Measured | Latencies]]) -
         loads = [one for one in rounds if isinstance(one, Measured)]
         medians = Spread.of(one.at(50) for one in each)
         cells = [name, _median(one.offered for one in loads), _median(one.answered for one in loads)]
-        cells += [milliseconds(whole.at(percentile)) for percentile in (50, 95, 99, 99.9)]
+        cells += [
+            milliseconds(whole.at(percentile) if whole.knows(percentile) else math.nan) for percentile in PERCENTILES
+        ]
         cells += [
             milliseconds(whole.most),
             f"{milliseconds(medians.low)} to {milliseconds(medians.high)}" if whole else "",

@@ -146,10 +146,9 @@ class Session:
     @asynccontextmanager
     async def mesh(self, **changes: Any) -> AsyncIterator[Target]:
         """Start a mesh (options as in `MeshOptions`), or take the one at --address where nothing is asked of it."""
-        if self.options.address and not changes.pop("own", False):
+        if self.options.address:
             yield Target(self.options.address, {}, NOBODY, None)
             return
-        changes.pop("own", None)
         async with Mesh(MeshOptions(**changes)) as mesh:
             roles = [role for role in mesh.roles if isinstance(role, Role)]
             encoders: dict[str, str] = {}

