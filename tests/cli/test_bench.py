@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+import sys
 from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
@@ -128,6 +129,15 @@ def test_nobody_there(cli: Any, model: Path) -> None:
     done = cli("bench", "latency", "--address", "localhost:1", "--text-model", model, *QUICK)
     assert done.status == 3
     assert "no mesh answers at localhost:1" in done.err
+
+
+def test_without_the_extra(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("session", "measure", "bound"):
+        monkeypatch.delitem(sys.modules, f"embedmesh_cli.bench.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "hdrh.histogram", None)
+    done = cli("bench", "text")
+    assert done.status == 1
+    assert "hdrh is missing: `pip install 'embedmesh[bench]'` brings it." in done.err
 
 
 # Material

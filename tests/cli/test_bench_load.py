@@ -171,7 +171,7 @@ def test_few_large_calls_count_with_their_part_in_the_window() -> None:
         codes=np.full(4, "OK"),
         start=0.0,
         end=10.0,
-        cores=0.0,
+        cores=[0.0],
         rounds=0.1,
         closed=True,
         **columns,

@@ -114,7 +114,8 @@ def bench(
     try:
         from embedmesh_cli.bench.session import Options  # noqa: PLC0415  (needs the extra `bench`)
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is missing: `pip install 'embedmesh[bench]'` brings it.") from None
+        name = (error.name or "").partition(".")[0]
+        raise UserError(f"{name} is missing: `pip install 'embedmesh[bench]'` brings it.") from None
     given = {"text": text_model, "image": image_model, "audio": audio_model}
     options = Options(
         seconds=seconds,
@@ -164,6 +165,9 @@ async def _run(names: Sequence[str], options: Any, output: Path | None) -> bool:
         if progress.is_terminal:
             status.update(line)
 
+    def tell(line: str) -> None:
+        progress.print(line, markup=False, highlight=False, soft_wrap=True)
+
     report = Report(shlex.join(["embedmesh", *sys.argv[1:]]), describe_machine())
     console.print("\n".join(report.headline()), markup=False, highlight=False, soft_wrap=True)
     if options.address:
@@ -171,7 +175,7 @@ async def _run(names: Sequence[str], options: Any, output: Path | None) -> bool:
             await client.list_models(timeout=10)  # a missing mesh is told at once
     status = progress.status("")
     async with Generator() as generator:
-        session = Session(options, generator, starter_text=lambda: starter_model(progress), say=say)
+        session = Session(options, generator, starter_text=lambda: starter_model(progress), say=say, tell=tell)
         for name in names:
             scenario = _SCENARIOS[name]
             module = importlib.import_module(f"embedmesh_cli.bench.{scenario.module}")

@@ -159,7 +159,7 @@ class Calls:
         codes: How it ended, "OK" or the name of a gRPC code.
         start: The measured window begins.
         end: It ends.
-        cores: CPU seconds of the generator in the window, a second.
+        cores: CPU seconds a second of each generator process in the window.
         rounds: How often the payloads were used up.
         closed: Whether it was a closed loop.
     """
@@ -174,7 +174,7 @@ class Calls:
     codes: NDArray[np.str_]
     start: float
     end: float
-    cores: float
+    cores: Sequence[float]
     rounds: float
     closed: bool
 
@@ -217,7 +217,7 @@ async def drive(call: Call, load: Load, start: float) -> Calls:
         else:
             group.create_task(pacer(group, load.pace))
     cores = await used
-    return _columns(log, first, last, cores=cores, rounds=next(turns) / len(load.payloads), closed=closed)
+    return _columns(log, first, last, cores=[cores], rounds=next(turns) / len(load.payloads), closed=closed)
 
 
 async def _cores(start: float, end: float) -> float:
@@ -277,7 +277,7 @@ def merge(parts: Sequence[Calls]) -> Calls:
         },
         start=parts[0].start,
         end=parts[0].end,
-        cores=sum(part.cores for part in parts),
+        cores=[cores for part in parts for cores in part.cores],
         rounds=max(part.rounds for part in parts),
         closed=parts[0].closed,
     )

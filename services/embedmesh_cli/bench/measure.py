@@ -224,7 +224,7 @@ class Measured:
         latency: Of answered calls.
         refusal: Of refused calls, from when they were sent.
         lag: From when a call was due to when the generator sent it.
-        generator_cores: CPU that the generator took.
+        generator_cores: CPU that each process of the generator took.
         reused: Whether payloads that were to be used once were used again.
         seen: What the mesh did meanwhile.
         alone: Whether this load was the only one.
@@ -241,7 +241,7 @@ class Measured:
     latency: Latencies
     refusal: Latencies
     lag: Latencies
-    generator_cores: float
+    generator_cores: Sequence[float]
     reused: bool
     seen: Seen
     alone: bool
@@ -288,7 +288,7 @@ class Measured:
         lag = self.lag.at(99)
         latency = self.latency.at(99) if len(self.latency) else self.refusal.at(99)
         late = lag > _LATE_SECONDS and lag > _LATE_SHARE * latency
-        return late or self.generator_cores > _SATURATED_CORES
+        return late or max(self.generator_cores) > _SATURATED_CORES
 
     @property
     def cpu_ms_per_vector(self) -> float:
@@ -309,7 +309,7 @@ class Measured:
             "latency": self.latency.as_dict(),
             "refusal": self.refusal.as_dict(),
             "schedule_lag": self.lag.as_dict(),
-            "generator": {"cores": self.generator_cores, "late": self.generator_late},
+            "generator": {"cores": list(self.generator_cores), "late": self.generator_late},
             "cpu_ms_per_vector": self.cpu_ms_per_vector,
             "units_per_second": self.units,
             "padding_share": self.seen.padding,

@@ -46,11 +46,11 @@ from embedmesh_cli.process import MeshError, Process
 from embedmesh_cli.starter import StarterError, cache_folder
 from embedmesh_cli.starter.minilm import original_model
 
-__all__ = ["peers"]
+__all__ = ["Spec", "environment", "peers", "read_specs"]
 
 _FILE: Final = "peers.toml"
 _SAME_COSINE: Final = 0.9999
-_START_SECONDS: Final = 300.0
+_START_SECONDS: Final = 600.0
 _BATCH, _CALLERS, _SINGLES = 32, 4, 32
 # Of what the slowest can do, offered to all as single texts.
 _EASY: Final = 0.5
@@ -60,7 +60,7 @@ Plan = Callable[[], Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Spec:
+class Spec:
     """A table of peers.toml."""
 
     name: str
@@ -81,7 +81,7 @@ class _Peer:
         observer: Sees its processes.
     """
 
-    def __init__(self, spec: _Spec, port: int, process: Process) -> None:
+    def __init__(self, spec: Spec, port: int, process: Process) -> None:
         self.spec = spec
         self.address = f"127.0.0.1:{port}"
         self.observer = Observer(lambda: {f"pid {each.pid}": each.pid for each in self._tree()}, {})
@@ -125,12 +125,12 @@ async def peers(session: Session) -> Section:
         raise UserError(
             "peers: compares the starter model on this machine; leave --address and --text-model out.", USAGE
         )
-    specs = _read(folder)
+    specs = read_specs(folder)
     material = session.material("text")
     section.notes.append(material.about())
     section.notes += [f"{spec.name}: {spec.about}" for spec in specs]
     try:
-        original = await asyncio.to_thread(original_model, cache_folder() / "peers", session.say)
+        original = await asyncio.to_thread(original_model, cache_folder() / "peers", session.tell)
     except StarterError as error:
         raise UserError(f"{error}.") from None
     async with AsyncExitStack() as stack:
@@ -194,11 +194,12 @@ async def _compare(target: Target, running: Sequence[_Peer], texts: Sequence[str
             raise UserError(f"{peer.spec.name} gives other vectors: cosine {cosines.min():.6f}. It is not compared.")
 
 
-def _read(folder: Path) -> list[_Spec]:
+def read_specs(folder: Path) -> list[Spec]:
+    """Read peers.toml; raises UserError where it is not as described above."""
     try:
         tables = tomllib.loads((folder / _FILE).read_text(encoding="utf-8"))
         return [
-            _Spec(name=name, **{**table, "requirements": folder / table["requirements"]})
+            Spec(name=name, **{**table, "requirements": folder / table["requirements"]})
             for name, table in tables.items()
         ]
     except OSError as error:
@@ -208,11 +209,11 @@ def _read(folder: Path) -> list[_Spec]:
 
 
 @asynccontextmanager
-async def _running(session: Session, spec: _Spec, folder: Path, model: Path) -> AsyncIterator[_Peer]:
-    environment = await asyncio.to_thread(_environment, spec, session.say)
+async def _running(session: Session, spec: Spec, folder: Path, model: Path) -> AsyncIterator[_Peer]:
+    home = await asyncio.to_thread(environment, spec, session.tell)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
-    places = {"bin": environment / "bin", "model": model, "port": port, "folder": folder}
+    places = {"bin": home / "bin", "model": model, "port": port, "folder": folder}
     words = [word.format(**places) for word in spec.command]
 
     async def is_serving(_: int) -> bool:
@@ -243,7 +244,7 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def _environment(spec: _Spec, say: Callable[[str], None]) -> Path:
+def environment(spec: Spec, say: Callable[[str], None]) -> Path:
     """Make the environment of a peer in the cache folder, or find the one made from the same requirements."""
     pins = spec.requirements.read_bytes()
     tag = hashlib.sha256(pins + sys.version.encode()).hexdigest()[:12]
@@ -252,17 +253,11 @@ def _environment(spec: _Spec, say: Callable[[str], None]) -> Path:
     if made.exists():
         return folder
     say(f"installing {spec.name} into {folder}: minutes, and gigabytes, once")
-    install = [
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--requirement",
-        str(spec.requirements),
-    ]
+    # The environment needs no pip of its own: ours installs into it.
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "install", "--quiet"]
+    pip += ["--disable-pip-version-check", "--requirement", str(spec.requirements)]
     try:
-        for command in ([sys.executable, "-m", "venv", "--clear", str(folder)], [str(folder / "bin/python"), *install]):
+        for command in ([sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)], pip):
             subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603  (pip, with pinned names)
     except subprocess.CalledProcessError as error:
         last = (error.stderr or error.stdout).strip().splitlines()[-3:]

@@ -97,13 +97,21 @@ class Session:
         generator: Makes the load.
         starter_text: Gives the folder of the starter text model.
         say: Called with a line for people at each step.
+        tell: Called before something that happens once and takes minutes.
     """
 
     def __init__(
-        self, options: Options, generator: Generator, *, starter_text: Callable[[], Path], say: Callable[[str], None]
+        self,
+        options: Options,
+        generator: Generator,
+        *,
+        starter_text: Callable[[], Path],
+        say: Callable[[str], None],
+        tell: Callable[[str], None],
     ) -> None:
         self.options = options
         self.say = say
+        self.tell = tell
         self._generator = generator
         self._starter_text = starter_text
 
