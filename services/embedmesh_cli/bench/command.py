@@ -23,7 +23,7 @@ __all__ = ["EXAMPLES", "bench"]
 
 EXAMPLES = """\b
 Examples:
-  embedmesh bench                          # the standard set, about half an hour
+  embedmesh bench                          # the standard set, about an hour
   embedmesh bench text cached --rounds 3
   embedmesh bench latency --address mesh.example:50050 --target-ms 50
 """

@@ -26,7 +26,7 @@ import sys
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +40,7 @@ from embedmesh_cli.bench.load import Closed, Open
 from embedmesh_cli.bench.material import chunks, json_requests, json_vectors, requests
 from embedmesh_cli.bench.measure import Measured, Observer
 from embedmesh_cli.bench.report import Section, speed_table, tail_table
-from embedmesh_cli.bench.session import Session, Skipped, Target
+from embedmesh_cli.bench.session import BOUND, Plan, Session, Skipped, Target
 from embedmesh_cli.console import USAGE, UserError
 from embedmesh_cli.process import MeshError, Process
 from embedmesh_cli.starter import StarterError, cache_folder
@@ -54,9 +54,6 @@ _START_SECONDS: Final = 600.0
 _BATCH, _CALLERS, _SINGLES = 32, 4, 32
 # Of what the slowest can do, offered to all as single texts.
 _EASY: Final = 0.5
-_BOUND: Final = "in process: the bound"
-
-Plan = Callable[[], Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +131,7 @@ async def peers(session: Session) -> Section:
     except StarterError as error:
         raise UserError(f"{error}.") from None
     async with AsyncExitStack() as stack:
-        target = await stack.enter_async_context(session.mesh(redis="none", text_models=(session.model("text"),)))
+        target = await stack.enter_async_context(session.mesh("text", redis="none"))
         bound = await stack.enter_async_context(session.bound(target, "text", material.inputs))
         running = [await stack.enter_async_context(_running(session, spec, folder, original)) for spec in specs]
         await _compare(target, running, material.inputs[:_BATCH])
@@ -143,16 +140,16 @@ async def peers(session: Session) -> Section:
             peer.pause()
         prepared = await asyncio.to_thread(bound.prepare, material.inputs)
         units = [one.units for one in prepared]
-        plans: dict[str, Plan] = {_BOUND: lambda: asyncio.to_thread(bound.best, prepared, session.options.seconds)}
+        plans = await session.best(bound, material.inputs)
         for size, callers in ((_BATCH, _CALLERS), (1, _SINGLES)):
             plans |= _plans(session, target, running, material.inputs, units, size, Closed(callers))
         rows = await session.rounds(plans)
         singles = [rounds for name, rounds in rows.items() if name.endswith(f"{_SINGLES} callers of 1")]
-        rate = _EASY * min(np.median([one.answered for one in rounds]) for rounds in singles)
+        rate = max(1.0, _EASY * min(np.median([one.answered for one in rounds]) for rounds in singles))
         easy = await session.rounds(
             _plans(session, target, running, material.inputs, units, 1, Open(float(rate), seed=1))
         )
-    section.tables.append(speed_table("texts, nothing cached", rows, _BOUND))
+    section.tables.append(speed_table("texts, nothing cached", rows, BOUND))
     section.tables.append(tail_table("latency of a single text, Poisson, the same rate for all", easy))
     section.data["rows"] = {name: [one.as_dict() for one in rounds] for name, rounds in {**rows, **easy}.items()}
     return section

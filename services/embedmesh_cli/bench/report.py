@@ -190,9 +190,7 @@ def _commit() -> str:
 # Tables that several scenarios show
 
 
-def speed_table(
-    title: str, rows: Mapping[str, Sequence[Pass | Measured]], bound: str = "", *, part: str = "of the bound"
-) -> Table:
+def speed_table(title: str, rows: Mapping[str, Sequence[Pass | Measured]], bound: str = "") -> Table:
     """Throughput: medians over the rounds, and what part of the row `bound` each is.
 
     Vectors a second depend on which texts a window happened to hold, so the part is that of units (tokens,
@@ -220,7 +218,7 @@ def speed_table(
             cells += ["", "", _median(each.cpu_seconds * 1e3 / each.inputs for each in passes), ""]
             cells += [percent(_middle(each.padding for each in passes)), "", ""]
         table.append(cells)
-    columns = ("", "vectors/s", "rounds", "units/s", part, "p50 ms", "p99 ms", "CPU ms/vector", "in a batch")
+    columns = ("", "vectors/s", "rounds", "units/s", "of the bound", "p50 ms", "p99 ms", "CPU ms/vector", "in a batch")
     return Table(title, (*columns, "padding", "cached", "remarks"), table)
 
 
@@ -279,11 +277,6 @@ def milliseconds(seconds: float) -> str:
 def percent(share: float) -> str:
     """A share as a percentage."""
     return f"{share:.0%}" if math.isfinite(share) else ""
-
-
-def part_of(rounds: Sequence[Pass | Measured], reference: Sequence[Pass | Measured]) -> float:
-    """The rate of some rounds as a part of that of others; NaN where there is nothing to compare."""
-    return _part(rounds, reference)
 
 
 def _units(rounds: Sequence[Pass | Measured]) -> float:

@@ -7,10 +7,10 @@ import dataclasses
 import importlib
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -20,13 +20,18 @@ from embedmesh_cli.bench.bound import Bound
 from embedmesh_cli.bench.load import Closed, Generator, Load, Open, Wire, merge, split
 from embedmesh_cli.bench.material import Material
 from embedmesh_cli.bench.measure import NOBODY, Measured, Observer
+from embedmesh_cli.bench.report import Section
 from embedmesh_cli.console import USAGE, UserError
 from embedmesh_cli.mesh import MODALITIES, Mesh, MeshOptions, Role
 from embedmesh_encoder.model import load_spec
 
-__all__ = ["Options", "Session", "Skipped", "Target"]
+__all__ = ["BOUND", "Options", "Plan", "Session", "Skipped", "Target"]
 
 T = TypeVar("T")
+# Measures a row once.
+Plan: TypeAlias = Callable[[], Awaitable[Any]]
+
+BOUND: Final = "in process: the bound"
 
 # Full precision on the same backend; other batches round differently, in the seventh digit.
 _SAME_COSINE: Final = 0.9999
@@ -152,11 +157,17 @@ class Session:
         return Path(towers.starter_tower(modality))
 
     @asynccontextmanager
-    async def mesh(self, **changes: Any) -> AsyncIterator[Target]:
-        """Start a mesh (options as in `MeshOptions`), or take the one at --address where nothing is asked of it."""
+    async def mesh(self, *modalities: str, **changes: Any) -> AsyncIterator[Target]:
+        """Start a mesh with the models of these modalities, or take the one at --address.
+
+        Args:
+            modalities: Served with the user's models, or the starter's.
+            changes: As in `MeshOptions`.
+        """
         if self.options.address:
             yield Target(self.options.address, {}, NOBODY, None)
             return
+        changes |= {f"{modality}_models": (self.model(modality),) for modality in modalities}
         async with Mesh(MeshOptions(**changes)) as mesh:
             roles = [role for role in mesh.roles if isinstance(role, Role)]
             encoders: dict[str, str] = {}
@@ -199,6 +210,26 @@ class Session:
                     "Figures of wrong vectors are worth nothing."
                 )
             yield bound
+
+    @asynccontextmanager
+    async def reference(
+        self, section: Section, target: Target, modality: str, inputs: Sequence[Any]
+    ) -> AsyncIterator[Bound | None]:
+        """As `bound`; where there is none, the section says why."""
+        async with AsyncExitStack() as stack:
+            try:
+                bound: Bound | None = await stack.enter_async_context(self.bound(target, modality, inputs))
+            except Skipped as why:
+                section.notes.append(str(why))
+                bound = None
+            yield bound
+
+    async def best(self, bound: Bound | None, inputs: Sequence[Any]) -> dict[str, Plan]:
+        """Give the row of the bound, where there is one."""
+        if bound is None:
+            return {}
+        prepared = await asyncio.to_thread(bound.prepare, inputs)
+        return {BOUND: lambda: asyncio.to_thread(bound.best, prepared, self.options.seconds)}
 
     @contextmanager
     def folder(self) -> Iterator[Path]:

@@ -5,27 +5,26 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
 from itertools import count, islice
 from typing import Any, Final
 
-from embedmesh_cli.bench.bound import Pass
+from embedmesh_cli.bench.bound import Bound
 from embedmesh_cli.bench.load import Closed, Open, Wire
 from embedmesh_cli.bench.material import chunks, requests, unseen
-from embedmesh_cli.bench.measure import PERCENTILES, Latencies, Measured
+from embedmesh_cli.bench.measure import PERCENTILES, Latencies, Measured, Spread
 from embedmesh_cli.bench.report import Plot, Section, Series, milliseconds, number, speed_table, tail_table
 from embedmesh_cli.bench.search import highest_rate
-from embedmesh_cli.bench.session import Session, Skipped, Target
+from embedmesh_cli.bench.session import BOUND, Plan, Session, Target
 
 __all__ = ["audio", "cached", "idle", "image", "latency", "text"]
-
-BOUND: Final = "in process: the bound"
-Plan = Callable[[], Awaitable[Any]]
 
 # Of one modality
 _BATCH: Final = 32
 _CALLERS, _SINGLES, _WINDOW = 4, 32, 8
 _STREAMED: Final = 64
+# Enough to keep an encoder busy with single texts.
+_MANY: Final = 64
 
 
 async def text(session: Session) -> Section:
@@ -49,33 +48,39 @@ async def _modality(session: Session, modality: str) -> Section:
     )
     material = session.material(modality)
     section.notes.append(material.about())
-    seconds = session.options.seconds
     inputs = material.inputs
-    async with session.mesh(redis="none", **{f"{modality}_models": (session.model(modality),)}) as target:
-        plans: dict[str, Plan] = {}
-        try:
-            async with session.bound(target, modality, inputs) as bound:
-                prepared = await asyncio.to_thread(bound.prepare, inputs)
-                section.notes.append(f"{sum(one.units for one in prepared) / len(prepared):.1f} units an input")
-
-                def here(run: Callable[..., Pass], *args: Any) -> Plan:
-                    return lambda: asyncio.to_thread(run, *args)
-
-                plans[BOUND] = here(bound.best, prepared, seconds)
-                plans["in process, one by one"] = here(bound.one_by_one, prepared, seconds)
-                if modality == "text":
-                    name = f"in process, padded batches of {_BATCH} as they come"
-                    plans[name] = here(bound.as_they_come, prepared, seconds, _BATCH)
-                name = f"in process, {_BATCH} prepared, then embedded"
-                plans[name] = here(bound.with_preparation, inputs, seconds, _BATCH)
-                plans |= _mesh_plans(session, target, modality, inputs)
-                rows = await session.rounds(plans)
-        except Skipped as why:
-            section.notes.append(str(why))
-            rows = await session.rounds(_mesh_plans(session, target, modality, inputs))
+    async with (
+        session.mesh(modality, redis="none") as target,
+        session.reference(section, target, modality, inputs) as bound,
+    ):
+        plans = await session.best(bound, inputs)
+        if bound is not None:
+            plans |= await _in_process(session, section, bound, modality, inputs)
+        plans |= _mesh_plans(session, target, modality, inputs)
+        rows = await session.rounds(plans)
     section.tables.append(speed_table(f"{modality}, nothing cached", rows, BOUND))
     section.data["rows"] = _as_data(rows)
     return section
+
+
+async def _in_process(
+    session: Session, section: Section, bound: Bound, modality: str, inputs: Sequence[Any]
+) -> dict[str, Plan]:
+    """Other ways to use the model without a server."""
+    seconds = session.options.seconds
+    prepared = await asyncio.to_thread(bound.prepare, inputs)
+    section.notes.append(f"{sum(one.units for one in prepared) / len(prepared):.1f} units an input")
+    plans: dict[str, Plan] = {
+        "in process, one by one": lambda: asyncio.to_thread(bound.one_by_one, prepared, seconds),
+        f"in process, {_BATCH} prepared, then embedded": lambda: asyncio.to_thread(
+            bound.with_preparation, inputs, seconds, _BATCH
+        ),
+    }
+    if modality == "text":
+        plans[f"in process, padded batches of {_BATCH} as they come"] = lambda: asyncio.to_thread(
+            bound.as_they_come, prepared, seconds, _BATCH
+        )
+    return plans
 
 
 def _mesh_plans(session: Session, target: Target, modality: str, inputs: Any) -> dict[str, Plan]:
@@ -103,10 +108,9 @@ async def cached(session: Session) -> Section:
     material = session.material("text")
     section.notes.append(material.about())
     texts = material.inputs
-    models = {"text_models": (session.model("text"),)}
     # Others than in any earlier run, which a cache might remember.
     seeds = count(time.time_ns())
-    async with session.mesh(**models) as target:
+    async with session.mesh("text") as target, session.reference(section, target, "text", texts) as bound:
         await session.fill(target.address, texts)
         probe = requests("gateway", texts, _BATCH)
         capacity = (await session.one(target, probe, Closed(_CALLERS))).vectors
@@ -131,7 +135,7 @@ async def cached(session: Session) -> Section:
 
             return plan
 
-        plans = {
+        plans = await session.best(bound, texts) | {
             f"no cache, {_CALLERS} callers of {_BATCH}": lambda: session.one(target, probe, Closed(_CALLERS)),
             "none known": partly(0),
             "half known": partly(0.5),
@@ -144,23 +148,16 @@ async def cached(session: Session) -> Section:
         if target.mesh is None:
             rows = await session.rounds(plans)
         else:
-            async with session.mesh(gateway={"cache_memory_bytes": 0}, **models) as valkey:
+            async with session.mesh("text", gateway={"cache_memory_bytes": 0}) as valkey:
                 await session.fill(valkey.address, texts)
                 plans[f"all in Valkey, {_CALLERS} callers of {_BATCH}"] = known(_BATCH, _CALLERS, valkey)
                 plans["all in Valkey, 1 caller of 32"] = known(_BATCH, 1, valkey)
                 plans["all in Valkey, 1 caller of 1"] = known(1, 1, valkey)
                 rows = await session.rounds(plans)
-    section.tables.append(speed_table("texts and the cache", rows))
-    section.tables.append(tail_table("latency of a call", rows))
-    shares = ", ".join(f"{name} {_share(rounds):.0%}" for name, rounds in rows.items())
-    section.notes.append(f"vectors from the cache, counted from the answers: {shares}")
+    section.tables.append(speed_table("texts and the cache", rows, BOUND))
+    section.tables.append(tail_table("latency of a call", {name: each for name, each in rows.items() if name != BOUND}))
     section.data["rows"] = _as_data(rows)
     return section
-
-
-def _share(rounds: list[Measured]) -> float:
-    vectors = sum(each.vectors for each in rounds)
-    return sum(each.vectors * each.cached for each in rounds if each.vectors) / vectors if vectors else math.nan
 
 
 async def idle(session: Session) -> Section:
@@ -169,24 +166,21 @@ async def idle(session: Session) -> Section:
     material = session.material("text")
     texts = material.inputs[:64]
     seconds = session.options.seconds
-    async with session.mesh(text_models=(session.model("text"),)) as target:
+    async with session.mesh("text") as target, session.reference(section, target, "text", texts) as bound:
         await session.fill(target.address, texts)
 
         def through(wire: Wire, address: str, **changes: Any) -> Plan:
             payloads = requests(wire, texts, 1, **changes)
             return lambda: session.one(target, payloads, Closed(1), wire=wire, address=address)
 
-        plans: dict[str, Plan] = {"gateway, nothing cached": through("gateway", target.address)}
+        plans: dict[str, Plan] = {}
+        if bound is not None:
+            plans["in process"] = lambda: asyncio.to_thread(bound.alone, texts, seconds)
+        plans["gateway, nothing cached"] = through("gateway", target.address)
         if target.encoders:
             plans["encoder alone"] = through("text", target.encoders["text"])
         plans["gateway, from the cache"] = through("gateway", target.address, cache="read_write")
-        try:
-            async with session.bound(target, "text", texts) as bound:
-                alone: Plan = lambda: asyncio.to_thread(bound.alone, texts, seconds)  # noqa: E731
-                rows = await session.rounds({"in process": alone, **plans})
-        except Skipped as why:
-            section.notes.append(str(why))
-            rows = await session.rounds(plans)
+        rows = await session.rounds(plans)
     section.tables.append(tail_table(f"{len(texts)} texts in turn, one at a time", rows))
     medians = {name: _whole(rounds).at(50) for name, rounds in rows.items()}
     if "in process" in medians:
@@ -207,18 +201,22 @@ async def latency(session: Session) -> Section:
     limit = session.options.target_ms / 1e3
     payloads = requests("gateway", material.inputs, 1)
     seeds = count(1)
-    async with session.mesh(redis="none", text_models=(session.model("text"),)) as target:
+    async with (
+        session.mesh("text", redis="none") as target,
+        session.reference(section, target, "text", material.inputs) as bound,
+    ):
 
         async def at(rate: float, *, poisson: bool = True) -> Measured:
             return await session.one(target, payloads, Open(rate, poisson, next(seeds)))
 
-        session.say("capacity, in a closed loop")
-        full = await session.one(target, payloads, Closed(64))
-        capacity = full.answered
-
         def plan(share: float, *, poisson: bool = True) -> Plan:
             return lambda: at(share * capacity, poisson=poisson)
 
+        many = f"{_MANY} callers of 1, closed loop"
+        able = await session.rounds(
+            await session.best(bound, material.inputs) | {many: lambda: session.one(target, payloads, Closed(_MANY))}
+        )
+        capacity = Spread.of(each.answered for each in able[many]).median
         plans = {f"Poisson, {share:.0%} of capacity": plan(share) for share in (0.2, 0.5, 0.7, 0.8, 0.9)}
         plans["constant, 70% of capacity"] = plan(0.7, poisson=False)
         rows = await session.rounds(plans)
@@ -228,8 +226,8 @@ async def latency(session: Session) -> Section:
             return _Kept(await at(rate), rate, limit)
 
         found = await highest_rate(probe, start=max(1.0, capacity / 2))
+    section.tables.append(speed_table("capacity", able, BOUND))
     section.tables.append(tail_table("single texts through the gateway, nothing cached", rows))
-    section.notes.append(f"capacity {number(capacity)} texts/s: 64 callers of 1 in a closed loop")
     reached = f"{number(found.rate)} texts/s ({found.rate / capacity:.0%} of capacity)"
     more = "; perhaps more, the load generator was late where it broke" if found.generator_late else ""
     section.notes.append(f"highest Poisson rate with p99 within {limit * 1e3:.0f} ms: {reached}{more}")
@@ -262,7 +260,7 @@ async def latency(session: Session) -> Section:
             log_y=True,
         )
     )
-    section.data["rows"] = _as_data(rows)
+    section.data["rows"] = _as_data({**able, **rows})
     section.data["capacity_texts_per_second"] = capacity
     section.data["highest_rate"] = {
         "p99_limit_ms": limit * 1e3,
