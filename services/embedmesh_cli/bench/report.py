@@ -206,7 +206,7 @@ def speed_table(title: str, rows: Mapping[str, Sequence[Pass | Measured]], bound
         loads = [each for each in rounds if isinstance(each, Measured)]
         if loads:
             latency = Latencies.merged(each.latency for each in loads)
-            cells += [milliseconds(latency.at(50)), milliseconds(latency.at(99))]
+            cells += [_known(latency, 50), _known(latency, 99)]
             cells += [
                 _median(each.cpu_ms_per_vector for each in loads),
                 _median(each.seen.batch_inputs for each in loads),
@@ -234,9 +234,7 @@ def tail_table(title: str, rows: Mapping[str, Sequence[Measured | Latencies]]) -
         loads = [one for one in rounds if isinstance(one, Measured)]
         medians = Spread.of(one.at(50) for one in each)
         cells = [name, _median(one.offered for one in loads), _median(one.answered for one in loads)]
-        cells += [
-            milliseconds(whole.at(percentile) if whole.knows(percentile) else math.nan) for percentile in PERCENTILES
-        ]
+        cells += [_known(whole, percentile) for percentile in PERCENTILES]
         cells += [
             milliseconds(whole.most),
             f"{milliseconds(medians.low)} to {milliseconds(medians.high)}" if whole else "",
@@ -260,6 +258,11 @@ def warning(loads: Sequence[Measured]) -> str:
     if late := sum(load.generator_late for load in loads):
         said.append(f"generator late in {late} of {len(loads)}")
     return ", ".join(said)
+
+
+def _known(latency: Latencies, percentile: float) -> str:
+    """A percentile; "" where fewer than one call lies beyond it."""
+    return milliseconds(latency.at(percentile)) if latency.knows(percentile) else ""
 
 
 def number(value: float) -> str:
