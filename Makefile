@@ -6,7 +6,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo up test check check-style check-types check-imports check-contract check-package proto \
-        test-torch test-node bench bench-peers lock clean
+        starter starter-figures test-torch test-node bench bench-peers lock clean
 
 PY := .venv/bin/python
 ARGS ?=
@@ -16,12 +16,12 @@ export ORT_DISABLE_TELEMETRY := 1
 
 # An environment does not survive a move of its folder: forget it then, install.sh makes it anew.
 ifneq ($(shell cat .venv/home 2>/dev/null),$(shell pwd -P))
-$(shell rm -f .venv/serve.stamp .venv/dev.stamp .venv-torch/dev.stamp)
+$(shell rm -f .venv/serve.stamp .venv/dev.stamp .venv-torch/*.stamp)
 endif
 
 help: ## Print this help
 	@awk 'BEGIN { FS = ":.*## "; print "embedmesh: type one of\n" } \
-	      /^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	      /^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/serve.stamp ## Start a whole mesh, embed real text, search it, watch the cache; ends by itself
 	@$(PY) -m embedmesh_cli demo $(ARGS)
@@ -63,6 +63,12 @@ proto: .venv/dev.stamp ## Generate the stubs from protos/embedmesh/v1/*.proto
 test-torch: .venv-torch/dev.stamp ## Compare with the reference library (installs torch into .venv-torch)
 	.venv-torch/bin/python -m pytest -m torch $(ARGS)
 
+starter: .venv-torch/starter.stamp ## Make the starter image and audio models anew: material, training, figures (two hours)
+	PYTHONPATH=services OMP_NUM_THREADS=1 .venv-torch/bin/python -m starter $(ARGS)
+
+starter-figures: .venv-torch/starter.stamp ## Examine the starter models that are there, against gates and baselines
+	PYTHONPATH=services .venv-torch/bin/python -m starter evaluate
+
 test-node: .venv/dev.stamp ## Call the gateway from JavaScript (needs node and npm)
 	@command -v node >/dev/null && command -v npm >/dev/null || \
 	  { echo "embedmesh: make test-node needs node and npm on PATH (Debian, Ubuntu: apt install nodejs npm)." >&2; exit 1; }
@@ -93,4 +99,8 @@ clean: ## Remove everything that make made here (not the models in your cache fo
 
 .venv-torch/dev.stamp: requirements/dev.txt requirements/sdist.txt requirements/install.sh pyproject.toml
 	@VENV=.venv-torch sh requirements/install.sh dev torch
+	@touch $@
+
+.venv-torch/starter.stamp: .venv-torch/dev.stamp requirements/starter.txt
+	@VENV=.venv-torch sh requirements/install.sh starter
 	@touch $@

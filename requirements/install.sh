@@ -4,6 +4,7 @@
 #   sh requirements/install.sh serve          .venv: what `make demo` and `make up` need
 #   sh requirements/install.sh dev            .venv: the same and the tools of `make test` and `make check`
 #   VENV=.venv-torch sh requirements/install.sh dev torch         the reference library besides
+#   VENV=.venv-torch sh requirements/install.sh starter           and what the starter models are made with
 #
 # Needs sh, Python >= 3.11 with its venv module, and a package index that pip can reach (your own pip
 # configuration counts). Everything comes as wheels with pinned hashes: no compiler. Each thing that can be
@@ -64,7 +65,10 @@ printf 'Installing %s locked packages into %s (the first time this takes about a
     "$(grep -c '==' "requirements/$lock.txt")" "$venv" >&2
 # Without dependencies: the lock names them all, and the resolver of older pips trips over extras as soon as
 # something newer than the lock is out.
-pip_install --require-hashes --no-deps --only-binary :all: -r "requirements/$lock.txt"
+wheels='--only-binary :all:'
+[ "$lock" != starter ] || wheels=--no-build-isolation # pyvips has no wheel
+# shellcheck disable=SC2086
+pip_install --require-hashes --no-deps $wheels -r "requirements/$lock.txt"
 if [ "$lock" = dev ]; then
     pip_install --require-hashes --no-build-isolation --no-deps -r requirements/sdist.txt
 fi

@@ -5,6 +5,7 @@
 #
 # serve.txt   `make demo`, `make up`                  dev.txt     serve + `make bench` + tests + checks
 # client.txt  `import embedmesh` and nothing else     sdist.txt   the one tool without a wheel, installed last
+# starter.txt `make starter`, beside dev
 # lowest.txt  the same with the oldest grpcio and protobuf that we promise to work with
 set -eu
 uv=$1
@@ -20,6 +21,7 @@ compile() {
 compile dev.txt --upgrade --only-binary :all: --extra cli --extra bench --group dev pyproject.toml
 compile serve.txt --upgrade --only-binary :all: --extra cli --group build --constraints requirements/dev.txt pyproject.toml
 compile client.txt --upgrade --only-binary :all: --constraints requirements/dev.txt pyproject.toml
+compile starter.txt --upgrade --constraints requirements/dev.txt --group pyproject.toml:starter
 compile sdist.txt --upgrade --group pyproject.toml:sdist
 printf 'numpy>=2.1\n' >requirements/.numpy # older ones have no wheels for Python 3.13
 compile lowest.txt --upgrade --only-binary :all: --resolution lowest-direct --constraints requirements/.numpy pyproject.toml

@@ -212,7 +212,7 @@ AUDIO_TOWERS = [
 
 def build(tower: Tower) -> Any:
     """Make the torch model with random weights that keep the size of what passes through them."""
-    import torch  # type: ignore[import-not-found]
+    import torch
     import transformers  # type: ignore[import-not-found]
 
     module, _, name = tower.model.rpartition(".")
