@@ -45,8 +45,9 @@ if [ "$(cat "$venv/home" 2>/dev/null)" != "$here" ] || ! "$venv/bin/python" -c '
     # An environment is bound to its folder and its Python: begin anew when either is gone.
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "$python cannot create virtual environments: install its venv module (Debian, Ubuntu: apt install python3-venv)."
-    # Environment 360 MiB (dev 560), model 90, its archive and conversion as much again, pip's cache 200.
+    # Environment 360 MiB (dev 740), model 90, its archive and conversion as much again, pip's cache 200 (dev 260).
     need_mib=1000
+    [ "$lock" != dev ] || need_mib=1250
     [ "$extra" != torch ] || need_mib=7000
     free_mib=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024) }')
     [ "$free_mib" -ge "$need_mib" ] ||

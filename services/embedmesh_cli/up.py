@@ -111,9 +111,11 @@ def up(
         typer.Option(metavar="DIR", show_envvar=False, help="Folder of an audio model; repeat for more."),
     ] = None,
     backend: Annotated[
-        Literal["auto", "onnxruntime", "fake"],
+        Literal["auto", "onnxruntime", "cuda", "tensorrt", "openvino", "triton", "fake"],
         typer.Option(
-            metavar="auto|onnxruntime|fake", show_envvar=False, help="What runs the text model; fake needs no model."
+            metavar="NAME",
+            show_envvar=False,
+            help="What runs the text model (`embedmesh-encoder text --help`); fake needs no model.",
         ),
     ] = "auto",
     replicas: Annotated[

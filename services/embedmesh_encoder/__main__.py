@@ -16,7 +16,7 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry
 
 from embedmesh.v1 import audio_pb2_grpc, catalog_pb2_grpc, image_pb2_grpc, text_pb2_grpc
-from embedmesh_encoder.backend import Backend, BackendOptions, create_backend
+from embedmesh_encoder.backend import Backend, BackendOptions, Choice, choose, create_backend, look
 from embedmesh_encoder.encoder import Encoder, EncoderOptions
 from embedmesh_encoder.modalities import (
     audio_preparer,
@@ -126,13 +126,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv=rest,
     )
     try:
-        models = Models(_read_specs(settings, modality))
+        choices = _read_specs(settings, modality)
+        models = Models([choice.spec for choice in choices])
     except ModelError as error:
         return _misused(str(error))
     logs.configure(settings.log_level, settings.log_format, modality)
     # Pillow warns and logs in words taken from the file, which whoever sent it has chosen.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    for choice in choices:
+        _log.info(
+            "backend chosen",
+            extra={
+                "model": choice.spec.name,
+                "revision": choice.spec.revision,
+                "backend": choice.spec.backend,
+                "precision": choice.spec.precision,
+                "why": choice.why,
+            },
+        )
     status, hung = asyncio.run(_serve(settings, models, modality))
     if hung:
         # The interpreter would wait for ever for the thread in which the backend hangs.
@@ -147,27 +159,27 @@ def _misused(sentence: str) -> int:
     return _MISUSED
 
 
-def _read_specs(settings: EncoderSettings, modality: str) -> list[ModelSpec]:
-    """Read all manifests.
+def _read_specs(settings: EncoderSettings, modality: str) -> list[Choice]:
+    """Read all manifests, and choose what runs each.
 
     Raises:
         ModelError: With the problems of all of them.
     """
-    specs: list[ModelSpec] = []
+    choices: list[Choice] = []
     problems: list[str] = []
+    machine = look()
     for folder in settings.model:
         try:
             spec = load_spec(folder)
+            if spec.modality == modality:
+                choices.append(choose(spec, settings.backend, settings.precision, machine))
+            else:
+                problems.append(f'model "{spec.name}" in {folder} is for {spec.modality}, not for {modality}')
         except ModelError as error:
             problems.append(str(error))
-            continue
-        if spec.modality == modality:
-            specs.append(spec)
-        else:
-            problems.append(f'model "{spec.name}" in {folder} is for {spec.modality}, not for {modality}')
     if problems:
         raise ModelError("\n".join(problems))
-    return specs
+    return choices
 
 
 async def _serve(settings: EncoderSettings, models: Models, modality: str) -> tuple[int, bool]:
@@ -248,7 +260,13 @@ async def _load_all(settings: EncoderSettings, models: Models, metrics: EncoderM
 async def _load(spec: ModelSpec, settings: EncoderSettings, metrics: EncoderMetrics, kind: _Modality) -> Encoder:
     def read() -> tuple[Preparer, Backend]:
         verify_files(spec)
-        return kind.preparer(spec, settings), create_backend(spec, BackendOptions(settings.backend, settings.threads))
+        options = BackendOptions(
+            intra_op_threads=settings.threads,
+            lanes=settings.lanes,
+            cache_folder=settings.compile_cache,
+            cuda_graphs=settings.cuda_graphs,
+        )
+        return kind.preparer(spec, settings), create_backend(spec, options)
 
     preparer, backend = await asyncio.to_thread(read)
     options = EncoderOptions(

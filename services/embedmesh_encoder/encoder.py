@@ -145,7 +145,10 @@ class Encoder:
         return self._batcher.stalled_seconds
 
     async def warm_up(self, items: Sequence[Any]) -> None:
-        """Run a few inputs, alone and together, so that the first call is as fast as any and a broken model shows.
+        """Run inputs, so that the first call is as fast as any and a broken model shows.
+
+        Args:
+            items: Each runs alone, and the first two together.
 
         Raises:
             ModelError: The model cannot embed them.
@@ -153,7 +156,7 @@ class Encoder:
 
         def run() -> None:
             batch = [self._preparer.prepare(item, pb.TRUNCATION_END) for item in items]
-            for part in (*([prepared] for prepared in batch), batch):
+            for part in (*([prepared] for prepared in batch), batch[:2]):
                 for outcome in self._infer(part):
                     if isinstance(outcome, EmbedMeshError):
                         raise outcome

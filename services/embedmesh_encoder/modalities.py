@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 import numpy as np
 from PIL import Image
@@ -17,16 +18,36 @@ from embedmesh_encoder.text import TextItem, TextPreparer
 
 __all__ = ["audio_preparer", "image_preparer", "text_preparer", "warm_audio", "warm_images", "warm_texts"]
 
+# What suits a backend; the figures are in services/README.md. A GPU's are of the design, not measured yet.
+_ROW_WIDTHS: Final[Mapping[str, int]] = {"cuda": 512, "tensorrt": 512}
+_ROW_MULTIPLES: Final[Mapping[str, int]] = {"openvino": 16, "cuda": 64, "tensorrt": 64}
+_WARM_ROWS: Final = 32
+_SPECIAL_TOKENS: Final = 4
+
 
 def text_preparer(spec: ModelSpec, settings: TextSettings) -> TextPreparer:
     """Make the preparer of a text model; raises ModelError."""
-    return TextPreparer(spec, settings.max_text_bytes)
+    return TextPreparer(
+        spec,
+        settings.max_text_bytes,
+        row_width=settings.row_width or _ROW_WIDTHS.get(spec.backend, 0),
+        row_multiple=_row_multiple(spec, settings),
+    )
 
 
 def warm_texts(spec: ModelSpec, settings: TextSettings) -> list[TextItem]:
-    """Give a short text, and one as long as the model reads."""
-    texts = ("warm", "warm " * spec.max_input_units)
-    return [TextItem(text[: settings.max_text_bytes]) for text in texts]
+    """Give a short text, one as long as the model reads, and for a backend of few shapes one of every length."""
+    words = [1, spec.max_input_units]
+    multiple = _row_multiple(spec, settings)
+    if multiple > 1:
+        # A little shorter than a row, for the special tokens. Of long rows not every one is worth its time.
+        step = -(-spec.max_input_units // multiple // _WARM_ROWS) * multiple
+        words += [max(1, width - _SPECIAL_TOKENS) for width in range(step, spec.max_input_units, step)]
+    return [TextItem(("warm " * count)[: settings.max_text_bytes]) for count in words]
+
+
+def _row_multiple(spec: ModelSpec, settings: TextSettings) -> int:
+    return settings.row_multiple or _ROW_MULTIPLES.get(spec.backend, 1)
 
 
 def image_preparer(spec: ModelSpec, settings: ImageSettings) -> ImagePreparer:

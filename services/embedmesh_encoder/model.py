@@ -12,11 +12,13 @@
     max_input_units = 256              # tokens, special ones included
     license = "Apache-2.0"
     source = "https://..."             # where the weights come from
-    backend = "onnxruntime"            # or "fake"
-    precision = "float32"              # default
+    backend = "onnxruntime"            # what runs it unless the node is told otherwise; also cuda,
+                                       # tensorrt (both by onnxruntime), openvino, triton, fake
+    precision = "float32"              # of the arithmetic: default float32, or bfloat16 (from the same
+                                       # graph); float16 and int8 where the graph itself is so
 
     [graph]
-    file = "model.onnx"
+    file = "model.onnx"                # may be left out for triton, which has the graph
     layout = "packed"                  # see below; or "padded", or "stacked"
     output = "sentence_embedding"      # default for packed; "last_hidden_state" for the others
     pooling = "graph"                  # default: the graph pools; not packed: mean, cls, max,
@@ -38,6 +40,10 @@
     window_units = 0                   # frames of a window, where the windows of a long sound are
                                        # averaged; default 0: a long sound is cut
 
+    [triton]                           # backend triton: which model of the server
+    model = "minilm"
+    version = "1"                      # default: the server's choice
+
     [fake]                             # backend fake; all default to 0
     base_ms = 0.0                      # how long a batch takes: base_ms + ms_per_unit * units
     ms_per_unit = 0.0
@@ -56,8 +62,9 @@ Layout *stacked*: images or sounds, one a row. The input is `pixel_values`, or w
 extractor makes (`input_features`, `input_values`; `attention_mask`, `is_longer`); the output as for padded.
 
 The *revision* is a fingerprint of everything that changes a vector: the files, graph, text,
-image and audio tables, longest input, normalisation, precision, backend. Name, family, space, licence,
-source and timing are no part of it.
+image, audio and triton tables, longest input, normalisation, precision, backend. The last two are those
+that really run it (`ModelSpec.run_by`), so that no node can make vectors of another precision under
+the same revision. Name, family, space, licence, source and timing are no part of it.
 """
 
 from __future__ import annotations
@@ -94,12 +101,15 @@ from embedmesh_encoder.pooling import Pooling
 __all__ = [
     "MANIFEST",
     "AudioTable",
+    "BackendName",
     "FakeSpec",
     "GraphSpec",
     "ImageTable",
     "ModelError",
     "ModelSpec",
+    "Precision",
     "TextSpec",
+    "TritonTable",
     "find_models",
     "load_spec",
     "verify_files",
@@ -107,6 +117,9 @@ __all__ = [
 ]
 
 MANIFEST: Final = "model.toml"
+
+BackendName = Literal["onnxruntime", "cuda", "tensorrt", "openvino", "triton", "fake"]
+Precision = Literal["float32", "bfloat16", "float16", "int8"]
 
 _FORMAT: Final = 1
 # Defaults by layout. Factories must bear data without it: some versions of pydantic call them after a mistake.
@@ -167,7 +180,7 @@ class _Table(BaseModel):
 
 
 class GraphSpec(_Table):
-    """The ONNX graph: `file` is "" for the fake backend; `inputs` and `output` are names in the graph."""
+    """The ONNX graph: `file` is "" for the fake backend, and may be for triton; inputs and output are names in it."""
 
     layout: Literal["packed", "padded", "stacked"]
     file: str = ""
@@ -223,6 +236,13 @@ class AudioTable(_Table):
     window_units: NonNegativeInt = 0
 
 
+class TritonTable(_Table):
+    """Which model of a Triton server it is."""
+
+    model: Annotated[str, Field(min_length=1)]
+    version: Annotated[str, Field(pattern=r"^[0-9]*$")] = ""
+
+
 class FakeSpec(_Table):
     """Behaviour of the fake backend."""
 
@@ -247,13 +267,14 @@ class ModelSpec(_Table):
     max_input_units: PositiveInt
     license: str
     source: str
-    backend: Literal["onnxruntime", "fake"]
-    precision: Literal["float32"] = "float32"
+    backend: BackendName
+    precision: Precision = "float32"
     files: Annotated[Mapping[_File, _Sha256], AfterValidator(MappingProxyType)] = Field(repr=False)
     graph: GraphSpec
     text: TextSpec | None = Field(None, validate_default=True)
     image: ImageTable | None = Field(None, validate_default=True)
     audio: AudioTable | None = Field(None, validate_default=True)
+    triton: TritonTable | None = Field(None, validate_default=True)
     fake: FakeSpec | None = Field(default_factory=lambda data: FakeSpec() if data.get("backend") == "fake" else None)
 
     @field_validator("truncatable_dimensions")
@@ -270,7 +291,7 @@ class ModelSpec(_Table):
         backend = info.data.get("backend")
         if backend == "fake" and (graph.file or graph.layout != "packed"):
             raise ValueError('must have the layout "packed" and no file when the backend is "fake"')
-        if backend == "onnxruntime":
+        if backend not in ("fake", None) and (graph.file or backend != "triton"):
             _listed(graph.file, info)
         allowed = _LAYOUTS.get(info.data.get("modality", ""), (graph.layout,))
         if graph.layout not in allowed:
@@ -288,16 +309,23 @@ class ModelSpec(_Table):
             _listed(table.tokenizer if isinstance(table, TextSpec) else table.processor, info)
         return table
 
+    @field_validator("triton")
+    @classmethod
+    def _triton_fits(cls, triton: TritonTable | None, info: ValidationInfo) -> TritonTable | None:
+        if info.data.get("backend") == "triton" and triton is None:
+            raise ValueError('is missing: the backend "triton" must know which model of the server it is')
+        return triton
+
     @field_validator("fake")
     @classmethod
     def _fake_fits(cls, fake: FakeSpec, info: ValidationInfo) -> FakeSpec:
-        if info.data.get("backend") == "onnxruntime":
+        if info.data.get("backend") not in ("fake", None):
             raise ValueError('is only for the backend "fake"')
         return fake
 
     @cached_property
     def revision(self) -> str:
-        """Fingerprint of everything that changes a vector, 16 hexadecimal digits; `model_copy` does not renew it."""
+        """Fingerprint of everything that changes a vector, 16 hexadecimal digits; `run_by` renews it."""
         decides = {
             "format": self.format,
             "files": dict(self.files),
@@ -314,7 +342,15 @@ class ModelSpec(_Table):
         for table in ("image", "audio"):
             if self.modality == table:
                 decides[table] = getattr(self, table).model_dump()
+        if self.backend == "triton" and self.triton:
+            decides["triton"] = self.triton.model_dump()
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+    def run_by(self, backend: BackendName, precision: Precision) -> ModelSpec:
+        """Give the same model as another backend runs it: another revision, unless nothing changes."""
+        spec = self.model_copy(update={"backend": backend, "precision": precision})
+        spec.__dict__.pop("revision", None)  # model_copy takes the cached one along
+        return spec
 
     def ref(self) -> pb.ModelRef:
         """Name this model as results do."""
@@ -411,6 +447,7 @@ _TABLES: Final[dict[tuple[int | str, ...], type[_Table]]] = {
     ("text", "prompts"): PromptSpec,
     ("image",): ImageTable,
     ("audio",): AudioTable,
+    ("triton",): TritonTable,
     ("fake",): FakeSpec,
 }
 # pydantic's words for these are about Python, not about TOML.

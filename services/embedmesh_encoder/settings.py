@@ -24,11 +24,24 @@ class EncoderSettings(NodeSettings):
         description="Folder of a model (it holds a model.toml). Repeat it to serve several; the first one answers "
         "requests that name none. Required.",
     )
-    backend: Literal["auto", "onnxruntime", "fake"] = Field(
-        "auto", description="What runs the models; auto takes what each model was made for."
+    backend: Literal["auto", "onnxruntime", "cuda", "tensorrt", "openvino", "triton", "fake"] = Field(
+        "auto",
+        description="What runs the models. auto takes what each was made for; in place of onnxruntime it takes cuda "
+        "where there is a GPU, and openvino for bfloat16. Part of a model's revision: replicas should agree.",
+    )
+    precision: Literal["model", "auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "model",
+        description="Precision of the arithmetic: the model's own, or bfloat16 wherever the CPU has instructions "
+        "for it (auto), or this one or none. Part of a model's revision: replicas should agree.",
     )
     threads: int = Field(0, ge=0, description="Threads that one batch may use; 0 takes one for each core.")
     lanes: int = Field(1, ge=1, description="Batches of a model that run at the same time.")
+    compile_cache: Path | None = Field(
+        None, description="Folder to keep compiled models in between starts (openvino, tensorrt); none by default."
+    )
+    cuda_graphs: bool = Field(
+        False, description="Backend cuda: record the work of each shape once and replay it; not for packed texts."
+    )
     batch_cost: int = Field(
         256, ge=1, description="Most units (tokens, padding included) in a batch; a longer input goes alone."
     )
@@ -63,6 +76,17 @@ class TextSettings(EncoderSettings):
     port: int = Field(50051, ge=0, le=65535, description="Port of the gRPC service; 0 takes any free one.")
     http_port: int = Field(
         9051, ge=0, le=65535, description="Port of /metrics, /healthz and /readyz; 0 takes any free one."
+    )
+    row_width: int = Field(
+        0,
+        ge=0,
+        description="Packed texts: most tokens of a row; 0 is right for the backend: one row on a CPU, 512 on a GPU.",
+    )
+    row_multiple: int = Field(
+        0,
+        ge=0,
+        description="Rows are filled up to a multiple of this; 0 is right for the backend: 1 for onnxruntime, which "
+        "takes any shape, 16 for openvino, 64 on a GPU.",
     )
     max_text_bytes: int = Field(1_048_576, ge=1, description="Longest text, in bytes of UTF-8, instruction included.")
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from embedmesh.v1 import embedding_pb2 as pb
-from embedmesh_encoder.backend import Backend, BackendOptions, create_backend
+from embedmesh_encoder.backend import Backend, create_backend
 from embedmesh_encoder.backend.fake import FAIL, NAN, FakeBackend, write_model
-from embedmesh_encoder.model import ModelError, ModelSpec, load_spec, verify_files
+from embedmesh_encoder.model import ModelSpec, load_spec, verify_files
 from embedmesh_encoder.text import TextItem, TextPreparer
 
 
@@ -65,11 +65,7 @@ def test_a_batch_takes_its_time(tmp_path: Path) -> None:
     assert time.perf_counter() - start >= 0.040
 
 
-def test_the_backend_must_be_the_manifests(tmp_path: Path) -> None:
-    spec = write_model(tmp_path)
-    backend = create_backend(spec)
+def test_the_manifest_makes_it_the_backend(tmp_path: Path) -> None:
+    backend = create_backend(write_model(tmp_path))
     assert (backend.name, backend.precision) == ("fake", "float32")
     backend.close()
-    assert create_backend(spec, BackendOptions("fake")).name == "fake"
-    with pytest.raises(ModelError, match='was made for backend "fake" and cannot run on "onnxruntime"'):
-        create_backend(spec, BackendOptions("onnxruntime"))

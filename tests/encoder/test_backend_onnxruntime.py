@@ -1,149 +1,94 @@
-"""The onnxruntime backend on tiny graphs built here."""
+"""What is the onnxruntime backend's own; what it shares with others is in test_backend.py."""
 
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper, save
 
-from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh_encoder.backend import BackendOptions, create_backend
-from embedmesh_encoder.backend.fake import write_model as write_fake
-from embedmesh_encoder.model import ModelError, ModelSpec, write_manifest
-from embedmesh_encoder.text import TextItem, TextPreparer
-
-PADDED = {"file": "model.onnx", "layout": "padded", "pooling": "mean"}
-INPUTS = ("input_ids", "attention_mask")
-Shape = Sequence[str | int] | None
+from embedmesh_encoder.backend import onnxruntime as module
+from embedmesh_encoder.model import ModelError, ModelSpec, load_spec
 
 
-def graph(
-    path: Path,
-    *,
-    inputs: Sequence[str] = INPUTS,
-    kind: int = TensorProto.INT64,
-    output: str = "last_hidden_state",
-    shape: Shape = ("n", "length", 2),
-) -> None:
-    """Write a graph that gives each token the vector [id, mask]."""
-    nodes = [helper.make_node("Cast", [name], [f"{name}.float"], to=TensorProto.FLOAT) for name in inputs[:2]]
-    nodes += [helper.make_node("Unsqueeze", [f"{name}.float", "axes"], [f"{name}.column"]) for name in inputs[:2]]
-    nodes.append(helper.make_node("Concat", [f"{name}.column" for name in inputs[:2]], [output], axis=2))
-    model = helper.make_model(
-        helper.make_graph(
-            nodes,
-            "tiny",
-            [helper.make_tensor_value_info(name, kind, ["n", "length"]) for name in inputs],
-            [helper.make_tensor_value_info(output, TensorProto.FLOAT, shape)],
-            [helper.make_tensor("axes", TensorProto.INT64, [1], [2])],
-        ),
-        opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=9,
-    )
-    save(model, path)
+@pytest.fixture
+def spec(tmp_path: Path, make_tower: Callable[..., Path]) -> ModelSpec:
+    return load_spec(make_tower(tmp_path / "tower", "image"))
 
 
-def manifest(folder: Path, dimensions: int = 2, **changes: Any) -> ModelSpec:
-    write_fake(folder)  # for its tokenizer
-    entries: dict[str, Any] = {
-        "name": "tiny",
-        "modality": "text",
-        "space": "tiny",
-        "dimensions": dimensions,
-        "normalized": False,
-        "max_input_units": 16,
-        "license": "Apache-2.0",
-        "source": "this test",
-        "backend": "onnxruntime",
-        "graph": {**PADDED, **changes},
-        "text": {"tokenizer": "tokenizer.json"},
-    }
-    return write_manifest(folder, entries, ["model.onnx", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("backend", "provider"), [("cuda", "CUDAExecutionProvider"), ("tensorrt", "TensorrtExecutionProvider")]
+)
+def test_a_provider_that_the_build_lacks_is_named(spec: ModelSpec, backend: Any, provider: str) -> None:
+    with pytest.raises(ModelError, match=rf"is here without {provider}; pip install 'embedmesh\[gpu\]' in an"):
+        create_backend(spec.run_by(backend, "float32"))
 
 
-def test_a_padded_graph_embeds(tmp_path: Path) -> None:
-    graph(tmp_path / "model.onnx")
-    spec = manifest(tmp_path)
-    backend = create_backend(spec, BackendOptions(intra_op_threads=1))
-    assert (backend.name, backend.precision) == ("onnxruntime", "float32")
-    preparer = TextPreparer(spec)
-    batch = [preparer.prepare(TextItem(text), pb.TRUNCATION_END) for text in ("", "abc")]
-    vectors = preparer.split(backend.run(preparer.collate(batch)), batch)
-    np.testing.assert_allclose(vectors, [[one.data.mean(), 1.0] for one in batch], rtol=1e-6)
-    backend.close()
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider' is not in available")
+def test_a_provider_that_does_not_start_is_no_cpu(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a machine whose driver is missing: the library goes on without the provider.
+    names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: names)
+    monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None)
+    with pytest.raises(ModelError, match="could not start CUDAExecutionProvider"):
+        create_backend(spec.run_by("cuda", "float32"))
 
 
-def test_several_threads_may_run_at_once(tmp_path: Path) -> None:
-    graph(tmp_path / "model.onnx")
-    backend = create_backend(manifest(tmp_path))
+def test_cuda_graphs_are_for_cuda(spec: ModelSpec) -> None:
+    with pytest.raises(ModelError, match=r'cannot use CUDA graphs: they want the backend "cuda"'):
+        create_backend(spec, BackendOptions(cuda_graphs=True))
+
+
+def test_options_of_the_providers(spec: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None)
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+
+    def options(backend: Any, precision: Any = "float32", **given: Any) -> dict[str, dict[str, str]]:
+        given = {"cache_folder": None, "cuda_graphs": False, **given}
+        return dict(module._providers(spec.run_by(backend, precision), **given))
+
+    assert options("onnxruntime") == {"CPUExecutionProvider": {}}
+    cuda = options("cuda", cuda_graphs=True)
+    assert list(cuda) == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert cuda["CUDAExecutionProvider"] == {"use_tf32": "0", "enable_cuda_graph": "1"}
+    half = options("tensorrt", "float16", cache_folder=tmp_path)["TensorrtExecutionProvider"]
+    assert (half["trt_fp16_enable"], half["trt_bf16_enable"]) == ("1", "0")
+    assert half["trt_engine_cache_path"] == half["trt_timing_cache_path"] == str(tmp_path)
+    assert "NVIDIA_TF32_OVERRIDE" not in os.environ
+    full = options("tensorrt")
+    assert list(full) == ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert full["TensorrtExecutionProvider"] == {"trt_fp16_enable": "0", "trt_bf16_enable": "0"}
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_bound_inputs_give_the_same_vectors(spec: ModelSpec, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a GPU, with the CPU as the device."""
+    monkeypatch.setattr(module, "_BINDINGS", 4)
+    backend = create_backend(spec)
+    assert isinstance(backend, module.OnnxRuntimeBackend)
+    device = module._Device(backend._session, "cpu", spec.graph.output, graphs=graphs)
     wrong = []
 
-    def run(value: int) -> None:
-        feeds = {name: np.full((1 + value, 3), value, np.int64) for name in INPUTS}
-        for _ in range(50):
-            output = backend.run(feeds)["last_hidden_state"]
-            if output.shape != (1 + value, 3, 2) or not (output == value).all():
-                wrong.append(value)
+    def work(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        for _ in range(40):
+            feeds = {"pixel_values": random.random((random.integers(1, 8), 3, 4, 4), np.float32)}
+            if not np.array_equal(device.run(feeds)["embeds"], backend.run(feeds)["embeds"]):
+                wrong.append(feeds)
 
-    threads = [threading.Thread(target=run, args=(value,)) for value in range(4)]
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-def test_a_file_that_is_no_graph_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"not a graph")
-    with pytest.raises(ModelError, match=r"cannot load .*model\.onnx with onnxruntime [\d.]+: .*rotobuf"):
-        create_backend(manifest(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("made", "changes", "message"),
-    [
-        ({"inputs": ("ids", "attention_mask")}, {}, 'it has no input "input_ids" (its inputs: ids, attention_mask)'),
-        (
-            {"inputs": (*INPUTS, "token_type_ids")},
-            {},
-            "it wants inputs that the manifest does not name: token_type_ids",
-        ),
-        ({"kind": TensorProto.INT32}, {}, 'input "input_ids" is tensor(int32), not tensor(int64)'),
-        ({"output": "hidden"}, {}, 'it has no output "last_hidden_state" (its outputs: hidden)'),
-        ({}, {"pooling": "graph"}, '2 axes were expected with pooling "graph"'),
-        ({}, {"dimensions": 3}, "the manifest says dimensions = 3"),
-    ],
-)
-def test_the_graph_must_be_what_the_manifest_says(
-    tmp_path: Path, made: dict[str, Any], changes: dict[str, Any], message: str
-) -> None:
-    graph(tmp_path / "model.onnx", **made)
-    with pytest.raises(ModelError) as caught:
-        create_backend(manifest(tmp_path, **changes))
-    assert message in str(caught.value)
-    assert "does not fit model.toml" in str(caught.value)
-
-
-@pytest.mark.parametrize("shape", [None, ("n", "length", "width")])
-def test_a_graph_may_leave_its_output_shape_open(tmp_path: Path, shape: Shape) -> None:
-    graph(tmp_path / "model.onnx", shape=shape)
-    create_backend(manifest(tmp_path)).close()
-
-
-def test_an_integer_output_is_refused(tmp_path: Path) -> None:
-    model = helper.make_model(
-        helper.make_graph(
-            [helper.make_node("Add", ["input_ids", "attention_mask"], ["last_hidden_state"])],
-            "integers",
-            [helper.make_tensor_value_info(name, TensorProto.INT64, ["n", "length", 2]) for name in INPUTS],
-            [helper.make_tensor_value_info("last_hidden_state", TensorProto.INT64, ["n", "length", 2])],
-        ),
-        opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=9,
+    kept = [binding for bindings in device._idle.values() for binding in bindings]
+    assert sorted(binding.number for binding in kept) == [1, 2, 3, 4]
+    assert all(
+        binding._values["pixel_values"].shape() == list(shapes[0]) for shapes, (binding, *_) in device._idle.items()
     )
-    save(model, tmp_path / "model.onnx")
-    with pytest.raises(ModelError, match=r"is tensor\(int64\), not tensor\(float\)"):
-        create_backend(manifest(tmp_path))

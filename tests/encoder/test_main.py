@@ -20,6 +20,7 @@ from embedmesh import errors
 from embedmesh.v1 import catalog_pb2, catalog_pb2_grpc, text_pb2, text_pb2_grpc
 from embedmesh_encoder.__main__ import main
 from embedmesh_encoder.backend.fake import write_model
+from embedmesh_encoder.model import load_spec
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -225,6 +226,27 @@ def test_a_broken_model_does_not_take_the_others_along(start: Callable[..., Proc
         ]
     assert "sha256" in process.log.read_text()
     assert "Traceback" not in process.log.read_text()
+
+
+def test_the_backend_is_chosen_and_said(start: Callable[..., Process], starter_model: Path) -> None:
+    process = start("--model", str(starter_model), "--backend", "openvino", "--lanes", "2")
+    with grpc.insecure_channel(process.ready()) as channel:
+        catalog: Any = catalog_pb2_grpc.ModelCatalogStub(channel)
+        (model,) = catalog.ListModels(catalog_pb2.ListModelsRequest(), timeout=10).models
+        made_by = embed(channel, "hello").models[0]
+    chosen = process.logged("backend chosen")
+    assert chosen["why"] == "float32 is the model's precision; openvino was asked for"
+    assert chosen["revision"] == model.model.revision == made_by.revision != load_spec(starter_model).revision
+    labels = (
+        f'backend="openvino",modality="text",model="all-MiniLM-L6-v2",precision="float32",revision="{made_by.revision}"'
+    )
+    assert sample(process, "embedmesh_model_info", labels) == 1
+
+
+def test_a_backend_that_cannot_be_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path)
+    assert main(["text", "--model", str(tmp_path), "--backend", "openvino"]) == 2
+    assert 'was made for backend "fake" and cannot run on "openvino"' in capsys.readouterr().err
 
 
 def test_no_model_loads(start: Callable[..., Process], tmp_path: Path) -> None:

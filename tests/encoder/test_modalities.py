@@ -20,11 +20,18 @@ from embedmesh_encoder.audio import AudioItem
 from embedmesh_encoder.backend import Backend, create_backend
 from embedmesh_encoder.encoder import Encoded, Encoder, EncoderOptions
 from embedmesh_encoder.image import ImageItem
-from embedmesh_encoder.modalities import audio_preparer, image_preparer, warm_audio, warm_images
+from embedmesh_encoder.modalities import (
+    audio_preparer,
+    image_preparer,
+    text_preparer,
+    warm_audio,
+    warm_images,
+    warm_texts,
+)
 from embedmesh_encoder.model import ModelError, load_spec
 from embedmesh_encoder.preparation import Preparer
 from embedmesh_encoder.service import _read_audio
-from embedmesh_encoder.settings import AudioSettings, ImageSettings
+from embedmesh_encoder.settings import AudioSettings, ImageSettings, TextSettings
 from embedmesh_server.metrics import EncoderMetrics
 
 
@@ -220,3 +227,24 @@ def test_samples_and_files_are_read_from_the_contract() -> None:
         _read_audio(message)
     assert caught.value.field == "pcm.samples"
     assert _read_audio(audio_pb2.AudioInput(content=b"x")).content == b"x"
+
+
+@pytest.mark.parametrize(
+    ("backend", "limit", "flags", "widths"),
+    [
+        ("onnxruntime", 64, {}, {3, 64}),
+        ("openvino", 64, {}, {16, 32, 48, 64}),
+        ("openvino", 64, {"row_multiple": 32}, {32, 64}),
+        ("openvino", 2048, {}, {16, *range(64, 2049, 64)}),
+        ("cuda", 256, {}, {64, 128, 192, 256}),
+    ],
+)
+def test_texts_warm_every_shape_that_the_backend_will_see(
+    starter_model: Path, backend: Any, limit: int, flags: dict[str, int], widths: set[int]
+) -> None:
+    spec = load_spec(starter_model).run_by(backend, "float32").model_copy(update={"max_input_units": limit})
+    settings = TextSettings.model_validate({"model": [starter_model], **flags})
+    preparer = text_preparer(spec, settings)
+    items = warm_texts(spec, settings)
+    batches = [[preparer.prepare(item, pb.TRUNCATION_END)] for item in items]
+    assert {preparer.collate(batch)["input_ids"].shape for batch in batches} == {(1, width) for width in widths}

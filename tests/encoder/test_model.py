@@ -96,6 +96,38 @@ def test_the_revision_changes_with_all_that_changes_a_vector(write: Write, chang
     assert write(changes).revision != before
 
 
+@pytest.mark.parametrize(
+    ("changes", "revision"),
+    [
+        ({}, "dcc1a10ab5943334"),
+        ({"graph": {"file": "onnx/model.onnx", "layout": "padded", "pooling": "cls"}}, "194ed959da6c81b3"),
+        ({"backend": "fake", "graph": {"layout": "packed"}}, "12f9a1853dc7b6f5"),
+    ],
+)
+def test_revisions_that_callers_have_pinned_stay(write: Write, changes: dict[str, Any], revision: str) -> None:
+    assert write(changes).revision == revision
+
+
+def test_the_revision_is_of_what_runs_it(write: Write) -> None:
+    spec = write()
+    others = [
+        spec.run_by("openvino", "float32"),
+        spec.run_by("openvino", "bfloat16"),
+        spec.run_by("cuda", "float32"),
+    ]
+    assert len({spec.revision, *(other.revision for other in others)}) == 4
+    assert spec.run_by("onnxruntime", "float32").revision == spec.revision
+    assert (others[1].backend, others[1].precision, others[1].folder) == ("openvino", "bfloat16", spec.folder)
+
+
+def test_the_revision_is_of_the_servers_model(write: Write) -> None:
+    one = {"backend": "triton", "graph": {"layout": "packed"}, "triton": {"model": "minilm", "version": "1"}}
+    two = {**one, "triton": {"model": "minilm", "version": "2"}}
+    assert write(one).revision != write(two).revision
+    # Which model of a server it would be changes nothing as long as no server runs it.
+    assert write({"triton": {"model": "minilm"}}).revision == write().revision
+
+
 def test_the_revision_changes_with_the_weights(write: Write) -> None:
     assert write().revision != write(content=b"other weights").revision
 
@@ -125,8 +157,8 @@ def test_the_revision_ignores_the_fakes_speed(write: Write) -> None:
         ({"name": "a@b"}, "name must match pattern '^[A-Za-z0-9][A-Za-z0-9._/-]*$', got \"a@b\""),
         ({"normalized": "yes"}, 'normalized must be a valid boolean, got "yes"'),
         ({"modality": "video"}, "modality must be 'text', 'image' or 'audio', got \"video\""),
-        ({"backend": "tensorflow"}, "backend must be 'onnxruntime' or 'fake', got \"tensorflow\""),
-        ({"precision": "int4"}, "precision must be 'float32', got \"int4\""),
+        ({"backend": "tensorflow"}, "'openvino', 'triton' or 'fake', got \"tensorflow\""),
+        ({"precision": "int4"}, "precision must be 'float32', 'bfloat16', 'float16' or 'int8', got \"int4\""),
         ({"kinds": ["dense", "sparse"]}, 'kinds.1 must be "dense", got "sparse"'),
         ({"kinds": []}, "kinds must have at least 1 item"),
         ({"truncatable_dimensions": [4, 8]}, "must all be smaller than dimensions (8), got [4, 8]"),
@@ -161,6 +193,11 @@ def test_the_revision_ignores_the_fakes_speed(write: Write) -> None:
         ),
         ({"text": {"tokenizer": "tokenizer.json", "prompts": {"querry": ""}}}, "did you mean query?"),
         ({"fake": {"base_ms": 1}}, 'fake is only for the backend "fake"'),
+        ({"backend": "openvino", "fake": {"base_ms": 1}}, 'fake is only for the backend "fake"'),
+        ({"backend": "openvino", "graph": {"layout": "packed"}}, "graph names no file"),
+        ({"backend": "triton", "graph": {"layout": "packed"}}, "triton is missing"),
+        ({"triton": {"model": ""}}, "triton.model must have at least 1 character"),
+        ({"triton": {"model": "m", "version": "latest"}}, "triton.version must match"),
         (
             {"backend": "fake", "graph": {"layout": "packed"}, "fake": {"base_ms": -1}},
             "fake.base_ms must be greater than or equal to 0, got -1",

@@ -144,6 +144,15 @@ def test_rows_hold_every_text_once_and_no_more_than_fits(units: list[int], width
     assert len(filled) < 2 or filled[0] + filled[1] > width
 
 
+@pytest.mark.parametrize(("lengths", "width"), [((2, 3), 6), ((6, 1), 6), ((14, 2), 16), ((16,), 16), ((20,), 20)])
+def test_padded_rows_are_rounded_up_to_what_the_model_reads(
+    spec: ModelSpec, lengths: tuple[int, ...], width: int
+) -> None:
+    feeds = TextPreparer(padded(spec, "mean"), row_multiple=6).collate(prepared(*lengths))
+    assert feeds["input_ids"].shape == (len(lengths), width)
+    assert feeds["attention_mask"].sum(axis=1).tolist() == list(lengths)
+
+
 def test_padded_graphs_get_masked_rows(spec: ModelSpec) -> None:
     preparer = TextPreparer(padded(spec, "mean"))
     assert preparer.padded

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from embedmesh_encoder.model import ModelError, ModelSpec
+from embedmesh_encoder.backend.choice import Choice, Machine, choose, look
+from embedmesh_encoder.model import ModelSpec
 
-__all__ = ["Backend", "BackendOptions", "create_backend"]
+__all__ = ["Backend", "BackendOptions", "Choice", "Machine", "choose", "create_backend", "look"]
 
 
 class Backend(Protocol):
     """Runs one loaded graph.
 
     Attributes:
-        name: What runs it, for metrics: "onnxruntime" or "fake".
-        precision: Precision of its arithmetic, for metrics: "float32".
+        name: What runs it, for metrics; one of `embedmesh_encoder.model.BackendName`.
+        precision: Precision of its arithmetic, for metrics; one of `embedmesh_encoder.model.Precision`.
     """
 
     name: str
@@ -37,35 +39,47 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BackendOptions:
-    """How to run a graph, as far as it changes no vector.
+    """How to run a graph, as far as it changes no vector; what does is in the `ModelSpec`.
 
     Attributes:
-        name: "auto" takes the manifest's backend. Another name must agree with the manifest,
-            because the backend is part of the model's revision.
         intra_op_threads: Threads one `run` may use; 0 takes one for each core this process may use.
+        lanes: How many threads will call `run` at the same time.
+        cache_folder: Where compiled models (openvino, tensorrt) are kept between starts; none by default.
+        cuda_graphs: Whether "cuda" records the work of each shape once and replays it.
     """
 
-    name: Literal["auto", "onnxruntime", "fake"] = "auto"
     intra_op_threads: int = 0
+    lanes: int = 1
+    cache_folder: Path | None = None
+    cuda_graphs: bool = False
 
 
 def create_backend(spec: ModelSpec, options: BackendOptions | None = None) -> Backend:
-    """Load a model's graph. Takes seconds; call it in a thread.
+    """Load a model's graph with the backend that `spec` names. Takes seconds; call it in a thread.
 
     Raises:
         ModelError: The graph cannot be loaded, or is not what the manifest says.
     """
     options = options or BackendOptions()
-    if options.name not in ("auto", spec.backend):
-        raise ModelError(
-            f'model "{spec.name}" was made for backend "{spec.backend}" and cannot run on "{options.name}": '
-            'set the backend to "auto"'
-        )
-    # Each library is imported only where it is used: the fake must not need onnxruntime, nor the reverse.
+    # Each library is imported only where it is used: none may need another to be installed.
     if spec.backend == "fake":
         from embedmesh_encoder.backend.fake import FakeBackend  # noqa: PLC0415
 
         return FakeBackend(spec)
+    if spec.backend == "openvino":
+        from embedmesh_encoder.backend.openvino import OpenVinoBackend  # noqa: PLC0415
+
+        return OpenVinoBackend(
+            spec,
+            intra_op_threads=options.intra_op_threads,
+            lanes=options.lanes,
+            cache_folder=options.cache_folder,
+        )
     from embedmesh_encoder.backend.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415
 
-    return OnnxRuntimeBackend(spec, intra_op_threads=options.intra_op_threads)
+    return OnnxRuntimeBackend(
+        spec,
+        intra_op_threads=options.intra_op_threads,
+        cache_folder=options.cache_folder,
+        cuda_graphs=options.cuda_graphs,
+    )

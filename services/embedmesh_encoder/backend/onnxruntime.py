@@ -1,14 +1,19 @@
-"""The onnxruntime backend: one inference session on the CPU."""
+"""The onnxruntime backend: one inference session, on the CPU or on an NVIDIA GPU (cuda, tensorrt)."""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
-from typing import Any
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Final
 
+import numpy as np
 from numpy.typing import NDArray
 
-from embedmesh_encoder.model import MANIFEST, ModelError, ModelSpec
+from embedmesh_encoder.backend.signature import Port, check_signature
+from embedmesh_encoder.model import BackendName, ModelError, ModelSpec
 
 # Since 1.29 the library reports to its maker and writes a device id, from its import on, unless told not to.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -17,51 +22,180 @@ import onnxruntime as ort
 
 __all__ = ["OnnxRuntimeBackend"]
 
-_ERROR_LEVEL = 3
-# Axes of the output of a graph that pools; convolutional networks pool images to [n, d, 1, 1].
-_RANKS = {"packed": (2,), "padded": (2,), "stacked": (2, 4)}
-# Of inputs that are no token ids, positions or masks.
-_INPUT_TYPES = {
-    "pixel_values": "tensor(float)",
-    "input_features": "tensor(float)",
-    "input_values": "tensor(float)",
-    "is_longer": "tensor(bool)",
+_ERROR_LEVEL: Final = 3
+_PROVIDERS: Final[Mapping[BackendName, str]] = {
+    "onnxruntime": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
 }
+_DTYPES: Final = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
+# Sets of shapes whose inputs stay allocated on the device; others are allocated for their run.
+_BINDINGS: Final = 64
+# Option of a run: under which number its work on the device is recorded; this one says not at all.
+_GRAPH_KEY: Final = "gpu_graph_id"
+_NO_GRAPH: Final = -1
 
 
 class OnnxRuntimeBackend:
     """Implements `Backend` with one `InferenceSession`, which is thread-safe by itself."""
 
-    name = "onnxruntime"
-    precision = "float32"
-
-    def __init__(self, spec: ModelSpec, *, intra_op_threads: int = 0) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        intra_op_threads: int = 0,
+        cache_folder: Path | None = None,
+        cuda_graphs: bool = False,
+    ) -> None:
         """Load the graph and check it against the manifest.
 
         Args:
-            spec: The model.
+            spec: The model; its backend chooses the execution provider.
             intra_op_threads: Threads of one run; 0 takes one for each core this process may use.
+            cache_folder: Where engines of TensorRT are kept between starts; none by default.
+            cuda_graphs: On "cuda", record the work of each set of shapes once and replay it.
 
         Raises:
-            ModelError: The file cannot be loaded, or is not what the manifest says.
+            ModelError: The file cannot be loaded, is not what the manifest says, or the execution
+                provider cannot be had.
         """
+        self.name: str = spec.backend
+        self.precision: str = spec.precision
         path = spec.path(spec.graph.file)
+        provider = _PROVIDERS[spec.backend]
+        version = f"onnxruntime {ort.__version__}"
+        if provider not in ort.get_available_providers():
+            raise ModelError(
+                f'model "{spec.name}" cannot run on "{spec.backend}": {version} is here without {provider}; '
+                "pip install 'embedmesh[gpu]' in an environment without the package onnxruntime, which hides it"
+            )
+        if cuda_graphs and (spec.backend != "cuda" or spec.graph.layout == "packed"):
+            raise ModelError(
+                f'model "{spec.name}" cannot use CUDA graphs: they want the backend "cuda", and outputs whose shape '
+                'follows from the shapes of the inputs, which those of layout "packed" do not'
+            )
         try:
             self._session: Any = ort.InferenceSession(
-                path, _session_options(intra_op_threads), providers=["CPUExecutionProvider"]
+                path, _session_options(intra_op_threads), providers=_providers(spec, cache_folder, cuda_graphs)
             )
         except Exception as error:  # noqa: BLE001  (onnxruntime's exceptions have no public base)
-            raise ModelError(f"cannot load {path} with onnxruntime {ort.__version__}: {error}") from None
+            raise ModelError(f"cannot load {path} with {version}: {error}") from None
+        # Without its driver or libraries a provider is left out with no more than a line in the log.
+        if provider not in self._session.get_providers():
+            raise ModelError(
+                f'model "{spec.name}" cannot run on "{spec.backend}": {version} could not start {provider}; '
+                "its own message above says which driver or library is missing"
+            )
+        self._session.disable_fallback()
         self._outputs = [spec.graph.output]
-        _check_signature(self._session, spec)
+        _check(self._session, spec)
+        self._device = (
+            None
+            if spec.backend == "onnxruntime"
+            else _Device(self._session, "cuda", spec.graph.output, graphs=cuda_graphs)
+        )
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Run the graph; feeds and output as `embedmesh_encoder.model` describes the layouts."""
+        if self._device:
+            return self._device.run(feeds)
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
 
     def close(self) -> None:
         """Free the session's memory and threads."""
+        self._device = None
         self._session = None
+
+
+class _Device:
+    """Runs a session on inputs that stay allocated on a device, for each set of shapes and each concurrent run."""
+
+    def __init__(self, session: Any, device: str, output: str, *, graphs: bool = False) -> None:
+        self._session = session
+        self._device = device
+        self._output = output
+        # What is recorded for replay is all that the process does on the device, so nothing may run beside it.
+        self._alone = threading.Lock() if graphs else None
+        self._lock = threading.Lock()
+        self._idle: dict[tuple[tuple[int, ...], ...], list[_Binding]] = {}
+        self._made = 0
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        shapes = tuple(array.shape for array in feeds.values())
+        with self._lock:
+            idle = self._idle.get(shapes)
+            binding = idle.pop() if idle else None
+            if binding is None:
+                self._made += 1
+            # What is recorded cannot be forgotten: the first shapes are kept, later ones come and go.
+            number = self._made if binding is None and self._made <= _BINDINGS else _NO_GRAPH
+        with self._alone or nullcontext():
+            if binding is None:
+                binding = _Binding(self._session, self._device, feeds, self._output, number, graph=bool(self._alone))
+            output = binding.run(feeds)
+        if binding.number != _NO_GRAPH:
+            with self._lock:
+                self._idle.setdefault(shapes, []).append(binding)
+        return {self._output: output}
+
+
+class _Binding:
+    """Inputs of one set of shapes in a device's memory, written in place for each run."""
+
+    def __init__(
+        self, session: Any, device: str, feeds: Mapping[str, NDArray[Any]], output: str, number: int, *, graph: bool
+    ) -> None:
+        self.number = number
+        self._session = session
+        self._binding = session.io_binding()
+        self._values = {name: ort.OrtValue.ortvalue_from_numpy(array, device, 0) for name, array in feeds.items()}
+        for name, value in self._values.items():
+            self._binding.bind_ortvalue_input(name, value)
+        # Its shape may depend on the contents of the inputs, so the library allocates it at each run ...
+        self._binding.bind_output(output, device, 0)
+        self._options = ort.RunOptions()
+        if graph:
+            self._options.add_run_config_entry(_GRAPH_KEY, str(_NO_GRAPH))
+        if graph and number != _NO_GRAPH:
+            # ... but what was recorded writes to the same place ever after.
+            session.run_with_iobinding(self._binding, self._options)
+            shape = self._binding.get_outputs()[0].shape()
+            place = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, device, 0)
+            self._binding.bind_ortvalue_output(output, place)
+            self._options = ort.RunOptions()
+            self._options.add_run_config_entry(_GRAPH_KEY, str(number))
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        for name, array in feeds.items():
+            self._values[name].update_inplace(np.ascontiguousarray(array))
+        self._session.run_with_iobinding(self._binding, self._options)
+        output: NDArray[np.float32] = self._binding.copy_outputs_to_cpu()[0]
+        return output
+
+
+def _providers(spec: ModelSpec, cache_folder: Path | None, cuda_graphs: bool) -> list[tuple[str, dict[str, str]]]:
+    """Give the execution providers in order of preference, with their options."""
+    cpu: tuple[str, dict[str, str]] = ("CPUExecutionProvider", {})
+    if spec.backend == "onnxruntime":
+        return [cpu]
+    # CUDA and cuDNN as pip installs them; where the system has them this finds nothing, which is no error.
+    ort.preload_dlls()
+    # TF32 would keep 10 bits of the 23, and the precision would still be called float32.
+    cuda = {"use_tf32": "0", "enable_cuda_graph": str(int(cuda_graphs))}
+    if spec.backend == "cuda":
+        return [("CUDAExecutionProvider", cuda), cpu]
+    if spec.precision == "float32":
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+    tensorrt = {
+        "trt_fp16_enable": str(int(spec.precision == "float16")),
+        "trt_bf16_enable": str(int(spec.precision == "bfloat16")),
+    }
+    if cache_folder:
+        # An engine takes minutes to build.
+        folder = str(cache_folder)
+        tensorrt |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": folder}
+        tensorrt |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}
+    return [("TensorrtExecutionProvider", tensorrt), ("CUDAExecutionProvider", cuda), cpu]
 
 
 def _session_options(intra_op_threads: int) -> ort.SessionOptions:
@@ -81,35 +215,13 @@ def _session_options(intra_op_threads: int) -> ort.SessionOptions:
     return options
 
 
-def _check_signature(session: Any, spec: ModelSpec) -> None:
-    """Compare the graph's inputs and output with the manifest."""
-    problems = []
-    inputs = {one.name: one for one in session.get_inputs()}
-    for name in spec.graph.inputs:
-        if name not in inputs:
-            problems.append(f'it has no input "{name}" (its inputs: {", ".join(inputs)})')
-        elif inputs[name].type != (wanted := _INPUT_TYPES.get(name, "tensor(int64)")):
-            problems.append(f'input "{name}" is {inputs[name].type}, not {wanted}')
-    extra = [name for name in inputs if name not in spec.graph.inputs]
-    if extra:
-        problems.append(f"it wants inputs that the manifest does not name: {', '.join(extra)}")
-    outputs = {one.name: one for one in session.get_outputs()}
-    output = outputs.get(spec.graph.output)
-    if output is None:
-        problems.append(f'it has no output "{spec.graph.output}" (its outputs: {", ".join(outputs)})')
-    else:
-        ranks = _RANKS[spec.graph.layout] if spec.graph.pooling == "graph" else (3,)
-        if output.type != "tensor(float)":
-            problems.append(f'output "{output.name}" is {output.type}, not tensor(float)')
-        shape = f'output "{output.name}" has shape {output.shape}'
-        # An exporter may leave shapes or single sizes out; what is there must be right.
-        if output.shape and len(output.shape) not in ranks:
-            problems.append(f'{shape}; {ranks[0]} axes were expected with pooling "{spec.graph.pooling}"')
-        elif (
-            output.shape
-            and isinstance(width := output.shape[-1 if ranks[0] == 3 else 1], int)
-            and width != spec.dimensions
-        ):
-            problems.append(f"{shape}; the manifest says dimensions = {spec.dimensions}")
-    if problems:
-        raise ModelError(f"{spec.path(spec.graph.file)} does not fit {MANIFEST}: {'; '.join(problems)}")
+def _check(session: Any, spec: ModelSpec) -> None:
+    """Compare the graph with the manifest."""
+
+    def ports(ends: Any) -> dict[str, Port]:
+        return {
+            end.name: Port(_DTYPES.get(end.type, end.type.removeprefix("tensor(").removesuffix(")")), end.shape)
+            for end in ends
+        }
+
+    check_signature(spec, str(spec.path(spec.graph.file)), ports(session.get_inputs()), ports(session.get_outputs()))

@@ -59,8 +59,8 @@ class TextPreparer:
             spec: A text model.
             max_text_bytes: Most bytes of UTF-8 of a text and its instruction together.
             row_width: Most tokens of a packed row (a longer text still gets a row); 0 packs one row.
-            row_multiple: Packed rows are filled up to a multiple of this, for backends that want
-                few shapes.
+            row_multiple: Rows are filled up to a multiple of this, for backends that want few
+                shapes; padded ones to no more than the model reads.
 
         Raises:
             ModelError: The model is not for text, or its tokenizer cannot be used.
@@ -145,7 +145,10 @@ class TextPreparer:
 
     def _collate_padded(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
         lengths = np.array([prepared.units for prepared in batch])
-        shape = (len(batch), int(lengths.max()))
+        longest = int(lengths.max())
+        width = -(-longest // self._row_multiple) * self._row_multiple
+        # The table of positions may end with the longest input.
+        shape = (len(batch), max(longest, min(width, self._max_units)))
         ids = np.full(shape, self._pad_id, np.int64)
         for row, prepared in zip(ids, batch, strict=True):
             row[: prepared.units] = prepared.data

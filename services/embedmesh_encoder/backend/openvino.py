@@ -1,0 +1,121 @@
+"""The openvino backend: float32, or bfloat16 where the CPU has instructions for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from numpy.typing import NDArray
+
+from embedmesh_encoder.backend.signature import Port, check_signature
+from embedmesh_encoder.model import ModelError, ModelSpec
+
+# The library reports its own import to an analytics service, unless the package that does so is missing.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # (None forbids the import)
+
+import openvino as ov  # noqa: E402  (after the line above)
+from openvino.frontend import FrontEndManager  # noqa: E402
+
+__all__ = ["OpenVinoBackend"]
+
+_TYPES: Final = {"float32": ov.Type.f32, "bfloat16": ov.Type.bf16}
+_DTYPES: Final = {"i64": "int64", "i32": "int32", "f32": "float32", "f16": "float16", "boolean": "bool"}
+# Compiled kernels that are kept, one for each operation and shape; the library's own limit is 5,000.
+_KERNELS: Final = 200
+
+
+class OpenVinoBackend:
+    """Implements `Backend` with one compiled model and a request of its own for each concurrent run.
+
+    A new shape costs the compilation of its kernels: see `row_multiple` of the text preparer.
+    """
+
+    name = "openvino"
+
+    def __init__(
+        self, spec: ModelSpec, *, intra_op_threads: int = 0, lanes: int = 1, cache_folder: Path | None = None
+    ) -> None:
+        """Load the graph, check it against the manifest, compile it.
+
+        Args:
+            spec: The model.
+            intra_op_threads: Threads of one run; 0 shares the cores this process may use among the lanes.
+            lanes: Runs at the same time.
+            cache_folder: Where compiled models are kept between starts; none by default.
+
+        Raises:
+            ModelError: The file cannot be loaded, is not what the manifest says, or this CPU does not
+                compute in the precision asked for.
+        """
+        self.precision: str = spec.precision
+        path = spec.path(spec.graph.file)
+        core = ov.Core()
+        if spec.precision == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise ModelError(f'model "{spec.name}" cannot run in bfloat16: this CPU has no instructions for it')
+        cores = len(os.sched_getaffinity(0))
+        config: dict[str, Any] = {
+            # Without this the library takes bfloat16 by itself where it can. Graphs that are stored in a
+            # lower precision are computed in float32 wherever they do not say otherwise.
+            "INFERENCE_PRECISION_HINT": _TYPES.get(spec.precision, ov.Type.f32),
+            "PERFORMANCE_HINT": "LATENCY" if lanes == 1 else "THROUGHPUT",
+            "NUM_STREAMS": lanes,
+            "INFERENCE_NUM_THREADS": min(intra_op_threads * lanes, cores) or cores,
+            # Threads bound to cores would stand still while the event loop or a neighbour holds theirs.
+            "ENABLE_CPU_PINNING": False,
+            "CPU_RUNTIME_CACHE_CAPACITY": _KERNELS,
+        }
+        if cache_folder:
+            config["CACHE_DIR"] = str(cache_folder)
+        try:
+            # Core.read_model would try the readers of half a dozen other formats on a file that is no graph.
+            reader = FrontEndManager().load_by_framework("onnx")
+            model = reader.convert(reader.load(str(path)))
+            _check(model, spec)
+            self._compiled: Any = core.compile_model(model, "CPU", config)
+        except ModelError:
+            raise
+        except Exception as error:  # noqa: BLE001  (its exceptions have no public base)
+            raise ModelError(
+                f"cannot load {path} with openvino {ov.__version__.partition('-')[0]}: {' '.join(str(error).split())}"
+            ) from None
+        self._output = spec.graph.output
+        self._idle: list[Any] = []
+        self._lock = threading.Lock()
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run the graph; feeds and output as `embedmesh_encoder.model` describes the layouts."""
+        with self._lock:
+            request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
+        # Inputs are read where they lie; the output is a copy, because the next run overwrites it.
+        outputs = request.infer(dict(feeds), share_inputs=True, share_outputs=False)
+        # A request that raised is not used again.
+        with self._lock:
+            self._idle.append(request)
+        return {self._output: outputs[self._output]}
+
+    def close(self) -> None:
+        """Free the model's memory and threads."""
+        self._idle.clear()
+        self._compiled = None
+
+
+def _check(model: Any, spec: ModelSpec) -> None:
+    """Compare the graph with the manifest."""
+
+    def ports(ends: Any, named: tuple[str, ...]) -> dict[str, Port]:
+        found = {}
+        for end in ends:
+            # One end may have several names.
+            name = next((name for name in named if name in end.get_names()), end.get_any_name())
+            shape = end.get_partial_shape()
+            sizes = [] if shape.rank.is_dynamic else [one.get_length() if one.is_static else "?" for one in shape]
+            kind = end.get_element_type().get_type_name()
+            found[name] = Port(_DTYPES.get(kind, kind), sizes)
+        return found
+
+    inputs, outputs = ports(model.inputs, spec.graph.inputs), ports(model.outputs, (spec.graph.output,))
+    check_signature(spec, str(spec.path(spec.graph.file)), inputs, outputs)
