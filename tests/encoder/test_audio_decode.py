@@ -5,6 +5,7 @@ import struct
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 from numpy.typing import NDArray
@@ -181,19 +182,58 @@ def test_limits_are_named() -> None:
         (wave(0.5, channels=3), "channels"),
     ):
         assert failure(lambda samples=samples: from_pcm(samples, 16_000, limits)).metadata["unit"] == unit
+    fast = wave(1.9, 384_000, channels=1)
+    for call in (
+        lambda: from_pcm(fast, 384_000, AudioLimits(seconds=2)),
+        lambda: decode(encoded(fast, 384_000, "FLAC"), AudioLimits(seconds=2)),
+    ):
+        assert failure(call).metadata == {"limit": "192000", "actual": str(len(fast)), "unit": "samples"}
+    assert len(from_pcm(fast, 384_000, AudioLimits(seconds=2), seconds=0.1).samples) < 100_000
     assert "900 Hz" in failure(lambda: from_pcm(wave(), 900, LIMITS)).message
     assert "400000 Hz" in failure(lambda: from_pcm(wave(), 400_000, LIMITS)).message
     assert isinstance(failure(lambda: from_pcm(wave(), 0, LIMITS)), UndecodableInput)
     assert len(decode(encoded(wave(2.0), 16_000, "OGG"), limits).samples) == 32_000
 
 
-@pytest.mark.parametrize("seconds", [1, float("inf")])
-def test_hours_of_silence_cost_little(seconds: float) -> None:
-    content = encoded(np.zeros(4 * 3600 * 8000, np.int16), 8000, "FLAC")
-    assert len(content) < 1 << 20
-    error = failure(lambda: decode(content, LIMITS, seconds=seconds))
-    assert isinstance(error, InputTooLarge)
-    assert error.metadata == {"limit": "600", "actual": "14400", "unit": "seconds"}
+@pytest.mark.parametrize(
+    ("kind", "subtype", "minutes"),
+    [("FLAC", "PCM_16", 240), ("WAV", "PCM_U8", 60), ("OGG", "VORBIS", 11), ("OGG", "OPUS", 11), ("MP3", None, 11)],
+)
+def test_hours_of_silence_cost_little(kind: str, subtype: str | None, minutes: int) -> None:
+    file = io.BytesIO()
+    with soundfile.SoundFile(file, "w", 8000, 1, subtype, format=kind) as sound:
+        for _ in range(minutes):
+            sound.write(np.zeros(60 * 8000, np.int16))
+    content = file.getvalue()
+    assert len(content) < 30 << 20
+    before = psutil.Process().memory_info().rss
+    for seconds in (1, float("inf")):
+        error = failure(lambda seconds=seconds: decode(content, LIMITS, seconds=seconds))
+        assert isinstance(error, InputTooLarge)
+        assert error.metadata["unit"] == "seconds"
+        # Nothing is decoded beyond the limit: where no header tells how long it is, it is longer than that.
+        assert 600 < int(error.metadata["actual"]) <= minutes * 60 + 1
+    # Ten minutes of samples, as much as is kept of any sound, and some blocks.
+    assert psutil.Process().memory_info().rss - before < 64 << 20
+
+
+def test_what_lies_around_a_sound_does_no_harm() -> None:
+    samples = wave(1.0)
+    expected = decode(encoded(samples, 16_000, "WAV"), LIMITS).samples
+    tail = b"PK\x03\x04" + b"<script>" * 999
+    picture = b"\x89PNG\r\n\x1a\n" + bytes(50_000)
+    wav = encoded(samples, 16_000, "WAV")
+    chunk = b"LIST" + struct.pack("<I", len(picture)) + picture
+    for content in (wav + tail, wav[:12] + chunk + wav[12:]):
+        np.testing.assert_array_equal(decode(content, LIMITS).samples, expected)
+    mp3 = encoded(samples, 16_000, "MP3")
+    size = len(picture) + 10
+    # A tag of ID3 with a picture in it goes before the sound, as players are used to.
+    tag = b"ID3\x03\0\0" + bytes(size >> shift & 0x7F for shift in (21, 14, 7, 0))
+    tag += b"APIC" + struct.pack(">IH", len(picture), 0) + picture
+    np.testing.assert_allclose(decode(tag + mp3 + tail, LIMITS).samples[:16_000], decode(mp3, LIMITS).samples[:16_000])
+    for content in (picture + wav, b"%PDF-1.7 " + mp3, b"PK\x03\x04" + encoded(samples, 16_000, "FLAC")):
+        assert failure(lambda content=content: decode(content, LIMITS)).message.startswith("the bytes are not a sound")
 
 
 @pytest.mark.parametrize("declared", [0, 20_000, (1 << 36) - 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from embedmesh.errors import InputTooLarge
 from embedmesh.v1 import embedding_pb2 as pb
-from embedmesh_encoder.image.decode import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, decode
+from embedmesh_encoder.image.decode import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, decode, give_back
 from embedmesh_encoder.image.processor import ImageProcessor, ImageSpec
 from embedmesh_encoder.pooling import Pooling, pool
 from embedmesh_encoder.preparation import Prepared
@@ -95,8 +96,11 @@ class ImagePreparer:
             raise InputTooLarge.over(
                 "the image", units, self._max_units, "patches" if self._patch_size else "units of 256 pixels"
             )
-        pixels = self._processor(image)
-        return Prepared(pixels, units=units, original_units=units, truncated=False, group=pixels.shape)
+        array = self._processor(image)
+        largest = max(image.width * image.height, math.prod(self._processor.resized_size(image.height, image.width)))
+        del image
+        give_back(largest)
+        return Prepared(array, units=units, original_units=units, truncated=False, group=array.shape)
 
     def collate(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
         """Stack images of one shape: float32 [n, 3, height, width]."""

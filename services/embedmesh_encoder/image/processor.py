@@ -180,7 +180,7 @@ class ImageProcessor:
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Give height and width of the array that a picture of this height and width becomes."""
-        return self.spec.crop or self._resized(height, width)
+        return self.spec.crop or self.resized_size(height, width)
 
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:
         """Process a picture.
@@ -195,7 +195,7 @@ class ImageProcessor:
             InputTooLarge: The model takes pictures of any shape, and this one would become too large.
         """
         spec = self.spec
-        height, width = self._resized(image.height, image.width)
+        height, width = self.resized_size(image.height, image.width)
         if spec.float_resize:
             return self._float(image, height, width)
         if height * width <= max(_MAX_RESIZED_PIXELS, image.height * image.width):
@@ -220,7 +220,8 @@ class ImageProcessor:
             np.take(levels, pixels[..., channel], out=result[2 - channel if spec.bgr else channel], mode="clip")
         return result
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
+    def resized_size(self, height: int, width: int) -> tuple[int, int]:
+        """Give height and width that a picture of this height and width is resized to, before it is cropped."""
         spec = self.spec
         if spec.size:
             return spec.size
