@@ -60,7 +60,8 @@ def main() -> None:
             run(sys.executable, "-m", "venv", environment)
             python = environment / "bin" / "python"
             pip = (python, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--quiet")
-            run(*pip, "--require-hashes", "--no-deps", "--only-binary", ":all:", "--requirement", ROOT / "requirements" / lock)
+            locked = ("--require-hashes", "--no-deps", "--only-binary", ":all:")
+            run(*pip, *locked, "--requirement", ROOT / "requirements" / lock)
             run(*pip, "--no-deps", "--no-index", wheel)
             run(*pip, "--no-index", "embedmesh")  # pip agrees that every dependency is there
             run(python, "-I", "-W", "error", "-c", PROBE, cwd=work)
