@@ -10,7 +10,7 @@ import grpc
 from rich.console import Console
 
 from embedmesh.errors import EmbedMeshError
-from embedmesh_cli.starter import StarterError, ensure_starter
+from embedmesh_cli.starter import StarterError, ensure_starter, starter_tower
 
 __all__ = ["FAILED", "UNREACHABLE", "USAGE", "UserError", "command_name", "explain", "starter_model"]
 
@@ -52,8 +52,8 @@ def explain(error: EmbedMeshError, address: str) -> UserError:
     return UserError(f"{error.message}{pause} [{error.reason or error.code.name}]", status)
 
 
-def starter_model(console: Console) -> Path:
-    """Give the starter text model; the first time it is made, and that is shown."""
+def starter_model(modality: str, console: Console) -> Path:
+    """Give the starter model of a modality; the first time the one for text is made, and that is shown."""
 
     def progress(line: str) -> None:
         # On a terminal a spinner moves beside the step; elsewhere each step is a line.
@@ -65,7 +65,7 @@ def starter_model(console: Console) -> Path:
 
     status = console.status("")
     try:
-        return ensure_starter(progress)
+        return ensure_starter(progress) if modality == "text" else starter_tower(modality)
     except StarterError as error:
         raise UserError(f"{error}.") from None
     finally:

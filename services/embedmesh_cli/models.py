@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from rich.table import Table
 from embedmesh.client import Client
 from embedmesh.errors import EmbedMeshError
 from embedmesh_cli.console import explain
-from embedmesh_cli.starter import cache_folder
+from embedmesh_cli.starter import TOWERS, StarterError, cache_folder, starter_tower
 from embedmesh_encoder.model import ModelError, find_models
 
 __all__ = ["app"]
@@ -51,7 +52,8 @@ def list_models(
         ),
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of models; the cache folder unless given.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of models, instead of the cache folder and the starter models."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
@@ -60,15 +62,15 @@ def list_models(
     The revision changes with everything that changes a vector. Vectors may be compared if and only if
     their space is equal.
     """
-    folder = folder or cache_folder() / "models"
-    rows = _served(address) if address else _local(folder)
+    folders = [folder] if folder else [cache_folder() / "models", *_towers()]
+    rows = _served(address) if address else _local(folders)
     if as_json:
         for row in rows:
             sys.stdout.write(json.dumps(asdict(row)) + "\n")
         return
     if not rows:
-        where = f"at {address}" if address else f"in {folder}"
-        sys.stdout.write(f"No models {where}. `embedmesh up` makes the starter model on first use.\n")
+        where = f"at {address}" if address else f"in {folders[0]}"
+        sys.stdout.write(f"No models {where}. `embedmesh up` makes the starter text model on first use.\n")
         return
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
     for column in ("name", "revision", "space", "modality", "dims", "state", "where"):
@@ -82,9 +84,18 @@ def list_models(
     console.print(table)
 
 
-def _local(folder: Path) -> list[_Row]:
+def _towers() -> list[Path]:
+    """The starter models that came with this package, where they are at hand."""
+    found = []
+    for modality in TOWERS:
+        with suppress(StarterError):
+            found.append(starter_tower(modality))
+    return found
+
+
+def _local(folders: list[Path]) -> list[_Row]:
     rows = []
-    for path, spec in find_models([folder]).items():
+    for path, spec in find_models(folders).items():
         if isinstance(spec, ModelError):
             rows.append(_Row(path.name, "", "", "", 0, f"unusable: {spec}", str(path)))
         else:

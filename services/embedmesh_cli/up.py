@@ -6,6 +6,7 @@ import asyncio
 import signal
 import tempfile
 import tomllib
+from collections.abc import Mapping
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from embedmesh import AsyncClient, EmbedMeshError
+from embedmesh import AsyncClient, EmbedMeshError, ModelInfo
 from embedmesh_cli.console import USAGE, UserError, command_name, starter_model
 from embedmesh_cli.mesh import MODALITIES, Mesh, MeshError, MeshOptions, Role
 
@@ -104,18 +105,33 @@ def up(
     ] = None,
     image_model: Annotated[
         list[Path] | None,
-        typer.Option(metavar="DIR", show_envvar=False, help="Folder of an image model; repeat for more."),
+        typer.Option(
+            metavar="DIR",
+            show_envvar=False,
+            help="Folder of an image model; repeat for more. Without it a small one that comes with this package, "
+            "for emoji and plain drawings, in the space of the text model.",
+        ),
     ] = None,
     audio_model: Annotated[
         list[Path] | None,
-        typer.Option(metavar="DIR", show_envvar=False, help="Folder of an audio model; repeat for more."),
+        typer.Option(
+            metavar="DIR",
+            show_envvar=False,
+            help="Folder of an audio model; repeat for more. Without it a small one that comes with this package, "
+            "for single spoken words and simple sounds, in the space of the text model.",
+        ),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROLE", show_envvar=False, help="Leave text, image or audio out; repeat for more."),
     ] = None,
     backend: Annotated[
         Literal["auto", "onnxruntime", "cuda", "tensorrt", "openvino", "triton", "fake"],
         typer.Option(
             metavar="NAME",
             show_envvar=False,
-            help="What runs the text model (`embedmesh-encoder text --help`); fake needs no model.",
+            help="What runs the text model (`embedmesh-encoder text --help`); fake needs no model, and leaves out image "
+            "and audio unless you name models for them.",
         ),
     ] = "auto",
     replicas: Annotated[
@@ -149,17 +165,9 @@ def up(
         raise UserError(f"--redis {redis}: say embedded, none, or a URL with redis://, rediss:// or unix://.", USAGE)
     console = Console()
     with ExitStack() as stack:
-        models = tuple(text_model or ())
-        if not models and backend == "fake":
-            models = (_fake_model(stack),)
-        elif not models:
-            models = (starter_model(Console(stderr=True)),)
-        folders = {"text": models, "image": tuple(image_model or ()), "audio": tuple(audio_model or ())}
-        for modality, folder in ((modality, folder) for modality, given in folders.items() for folder in given):
-            if not (folder / "model.toml").is_file():
-                raise UserError(
-                    f"--{modality}-model {folder}: no model there (a model folder holds a model.toml).", USAGE
-                )
+        named = {"text": text_model or [], "image": image_model or [], "audio": audio_model or []}
+        _require_sense(named, set(without or ()))
+        folders = _folders(named, set(without or ()), fake=_fake_model(stack) if backend == "fake" else None)
         options = MeshOptions(
             text_models=folders["text"],
             image_models=folders["image"],
@@ -177,6 +185,35 @@ def up(
             asyncio.run(_run(options, console))
         except MeshError as error:
             raise UserError(str(error)) from None
+
+
+def _require_sense(named: Mapping[str, list[Path]], without: set[str]) -> None:
+    """See that every model that is named is there and wanted, and that something is left to serve."""
+    if unknown := sorted(without - set(MODALITIES)):
+        raise UserError(f"--without {unknown[0]}: say text, image or audio.", USAGE)
+    if len(without) == len(MODALITIES):
+        raise UserError("--without leaves nothing to serve: keep one of text, image, audio.", USAGE)
+    for modality, folders in named.items():
+        if folders and modality in without:
+            raise UserError(f"give --{modality}-model or --without {modality}, not both.", USAGE)
+        for folder in folders:
+            if not (folder / "model.toml").is_file():
+                raise UserError(
+                    f"--{modality}-model {folder}: no model there (a model folder holds a model.toml).", USAGE
+                )
+
+
+def _folders(named: Mapping[str, list[Path]], without: set[str], fake: Path | None) -> dict[str, tuple[Path, ...]]:
+    """Give the models of each modality: those that are named, else the starter model (or the fake one), or none."""
+    folders = {modality: tuple(paths) for modality, paths in named.items()}
+    for modality in MODALITIES:
+        if folders[modality] or modality in without:
+            continue
+        if fake is None:
+            folders[modality] = (starter_model(modality, Console(stderr=True)),)
+        elif modality == "text":
+            folders[modality] = (fake,)
+    return folders
 
 
 def _fake_model(stack: ExitStack) -> Path:
@@ -237,9 +274,9 @@ class _View:
         """Say what is served and what can be done now."""
         self.show(mesh)
         for role in mesh.roles:
-            if isinstance(role, Role) and (models := await served(role.grpc)):
+            if isinstance(role, Role) and (models := _names(await served(role.grpc))):
                 self._say(f"{role.name:8}  serves {models}")
-        self._say(hint(mesh))
+        self._say(hint(mesh, await served(mesh.address)))
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -272,28 +309,44 @@ class _LiveView(_View):
         self._live.update(Group(table, Text("" if mesh.stopping else self._hint)))
 
     async def ready(self, mesh: Mesh) -> None:
-        self._models = {role.name: await served(role.grpc) for role in mesh.roles if isinstance(role, Role)}
-        self._hint = hint(mesh)
+        self._models = {role.name: _names(await served(role.grpc)) for role in mesh.roles if isinstance(role, Role)}
+        self._hint = hint(mesh, await served(mesh.address))
         self.show(mesh)
 
 
-def hint(mesh: Mesh) -> str:
+def hint(mesh: Mesh, models: list[ModelInfo]) -> str:
     """What to do with a mesh that is ready."""
     address = "" if mesh.options.port == DEFAULT_PORT else f" --address {mesh.address}"
+    command = command_name()
+    lines = [f'{command} embed{address} "hello world"'] if mesh.options.text_models else []
+    if mesh.options.image_models or mesh.options.audio_models:
+        lines.append(f"{command} embed{address} --media FILE-OR-FOLDER ...")
+    lines += [f"{command} models list --address {mesh.address}", f"curl -s http://{mesh.http_address}/metrics"]
+    commands = "".join(f"  {line}\n" for line in lines)
     return (
-        f"\nReady. Try in another terminal:\n\n"
-        f'  {command_name()} embed{address} "hello world"\n'
-        f"  {command_name()} models list --address {mesh.address}\n"
-        f"  curl -s http://{mesh.http_address}/metrics\n\n"
+        f"\nReady. {_spaces(models)}Try in another terminal:\n\n{commands}\n"
         f"Logs are in {mesh.log_dir}. Ctrl-C stops the mesh.\n"
     )
 
 
-async def served(address: str) -> str:
-    """Names and widths of the models at an address; "" where that cannot be learnt now."""
+def _spaces(models: list[ModelInfo]) -> str:
+    """Which vectors can be compared, where there are models of several modalities."""
+    spaces = sorted({info.space for info in models})
+    if len({info.modality for info in models}) < 2:
+        return ""
+    if len(spaces) == 1:
+        return f"All vectors lie in one space ({spaces[0]}): compare any with any. "
+    return f"Vectors lie in {len(spaces)} spaces ({', '.join(spaces)}): compare only those of one. "
+
+
+async def served(address: str) -> list[ModelInfo]:
+    """The models at an address; none where that cannot be learnt now."""
     try:
         async with AsyncClient(address, retries=0) as client:
-            models = await client.list_models(timeout=5)
+            return await client.list_models(timeout=5)
     except EmbedMeshError:
-        return ""
+        return []
+
+
+def _names(models: list[ModelInfo]) -> str:
     return ", ".join(f"{info.name} ({info.dimensions})" for info in models)

@@ -54,11 +54,19 @@ def test_models_on_disk(cli: Any, tmp_path: Path) -> None:
     assert [row["name"] for row in rows] == ["bad", "good-one"]
 
 
-def test_no_models_yet(cli: Any) -> None:
-    done = cli("models", "list")
+def test_no_models_yet(cli: Any, tmp_path: Path) -> None:
+    done = cli("models", "list", "--folder", tmp_path)
     assert done.status == 0
-    assert done.out.startswith("No models in ")
-    assert "makes the starter model on first use" in done.out
+    assert done.out.startswith(f"No models in {tmp_path}. ")
+    assert "makes the starter text model on first use" in done.out
+
+
+def test_the_starter_models_that_come_along_are_listed(cli: Any) -> None:
+    rows = [json.loads(line) for line in cli("models", "list", "--json").out.splitlines()]
+    assert [(row["name"], row["modality"], row["space"], row["state"]) for row in rows] == [
+        ("starter-image", "image", "all-MiniLM-L6-v2", "on disk"),
+        ("starter-audio", "audio", "all-MiniLM-L6-v2", "on disk"),
+    ]
 
 
 def test_models_of_nobody(cli: Any) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -136,6 +137,9 @@ def test_a_role_that_cannot_start_tells_why(cli: Any, tmp_path: Path) -> None:
         ("[up]\nredis = 'localhost'", "--redis localhost: say embedded, none, or a URL"),
         ("[up]\nreplicas = ['video=2']", "--replicas video=2: say text=N"),
         ("[up]\ntext_model = ['no/such/folder']", "--text-model no/such/folder: no model there"),
+        ("[up]\nwithout = ['video']", "--without video: say text, image or audio."),
+        ("[up]\nwithout = ['text', 'image', 'audio']", "--without leaves nothing to serve: keep one of"),
+        ("[up]\nwithout = ['image']\nimage_model = ['x']", "give --image-model or --without image, not both."),
     ],
 )
 def test_mistakes_in_the_config(cli: Any, tmp_path: Path, config: str, sentence: str) -> None:
@@ -163,6 +167,44 @@ def test_config_gives_defaults_and_reaches_the_roles(start_up: Any, tmp_path: Pa
     up.process.terminate()
     assert up.process.wait(30) == 0
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["gateway.log", "text-1.log", "text-2.log"]
+
+
+def test_all_three_modalities_by_default(start_up: Any, starter_model: Path) -> None:
+    """The starter models of the image and audio encoders come with the package."""
+    up = start_up("--backend", "auto", "--redis", "none")
+    assert [line.split() for line in up.find(r"(?m)^(\w+ +serves .*)$")[:-1]] == [
+        ["text", "serves", "all-MiniLM-L6-v2", "(384)"],
+        ["image", "serves", "starter-image", "(384)"],
+        ["audio", "serves", "starter-audio", "(384)"],
+    ]
+    assert "Ready. All vectors lie in one space (all-MiniLM-L6-v2): compare any with any." in up.text
+    assert f"embed --address {up.address} --media FILE-OR-FOLDER ..." in up.text
+
+
+def test_a_model_of_ones_own_and_a_modality_left_out(start_up: Any, make_tower: Any, tmp_path: Path) -> None:
+    tower = make_tower(tmp_path / "tower", "image")
+    up = start_up("--backend", "auto", "--without", "audio", "--image-model", str(tower), "--redis", "none")
+    assert re.findall(r"(?m)^(\w+) +serves (\S+) \(", up.text)[:-1] == [
+        ("text", "all-MiniLM-L6-v2"),
+        ("image", "tiny-image"),
+    ]
+    assert "Vectors lie in 2 spaces (all-MiniLM-L6-v2, tiny): compare only those of one." in up.text
+
+
+def test_one_modality_alone(start_up: Any, make_tower: Any, tmp_path: Path) -> None:
+    tower = make_tower(tmp_path / "tower", "audio")
+    up = start_up("--without", "text", "--without", "image", "--audio-model", str(tower), "--redis", "none")
+    assert len(up.pids) == 2
+    assert "audio     serves tiny-audio (16)" in up.text
+    assert "spaces" not in up.text
+
+
+def test_a_starter_model_that_is_missing_says_what_to_do(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedmesh_cli.starter.towers._HOMES", (Path("/nowhere/starter/models"),))
+    done = cli("up", "--without", "text")
+    assert done.status == 1
+    assert "the starter image model is missing from /nowhere: install embedmesh again" in done.err
+    assert "(embedmesh up --without image)." in done.err
 
 
 async def test_mesh_gives_up_a_role_that_keeps_dying(tmp_path: Path) -> None:

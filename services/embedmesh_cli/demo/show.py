@@ -43,7 +43,7 @@ def demo() -> None:
     """
     console = Console(highlight=False)
     console.print("[bold]embedmesh demo[/]: gateway, text encoder and cache on this machine")
-    folder = starter_model(Console(stderr=True))
+    folder = starter_model("text", Console(stderr=True))
     try:
         asyncio.run(_Show(console).run(MeshOptions(text_models=(folder,))))
     except MeshError as error:

@@ -1,5 +1,6 @@
-"""Makes the starter models: real models that need no hub."""
+"""The starter models: real models that need no hub."""
 
 from embedmesh_cli.starter.minilm import StarterError, cache_folder, ensure_starter
+from embedmesh_cli.starter.towers import TOWERS, starter_tower
 
-__all__ = ["StarterError", "cache_folder", "ensure_starter"]
+__all__ = ["TOWERS", "StarterError", "cache_folder", "ensure_starter", "starter_tower"]
