@@ -200,11 +200,11 @@ def test_one_modality_alone(start_up: Any, make_tower: Any, tmp_path: Path) -> N
 
 
 def test_a_starter_model_that_is_missing_says_what_to_do(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedmesh_cli.starter.towers._HOMES", (Path("/nowhere/starter/models"),))
+    monkeypatch.setattr("embedmesh_cli.starter.towers._MODELS", Path("/nowhere"))
     done = cli("up", "--without", "text")
     assert done.status == 1
     assert "the starter image model is missing from /nowhere: install embedmesh again" in done.err
-    assert "(embedmesh up --without image)." in done.err
+    assert done.err.endswith("or go without it: embedmesh up --without image.\n")
 
 
 async def test_mesh_gives_up_a_role_that_keeps_dying(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The starter image and audio models: small towers of our own, trained into the space of the starter text model.
 
-Their weights come with this package, so nothing is fetched or made. `services/starter/` holds the training.
+Their weights come with this package, so nothing is fetched or made. In a checkout `models` is a link to what the
+training in `services/starter/` wrote; the wheel holds the files themselves.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ __all__ = ["TOWERS", "starter_tower"]
 
 TOWERS: Final = ("image", "audio")
 
-# Where the wheel puts them; in a checkout, where training writes them.
-_HOMES: Final = (Path(__file__).with_name("models"), Path(__file__).parents[2] / "starter" / "models")
+_MODELS: Final = Path(__file__).with_name("models")
 
 
 def starter_tower(modality: str) -> Path:
@@ -25,11 +25,10 @@ def starter_tower(modality: str) -> Path:
     Raises:
         StarterError: It is not where it was installed.
     """
-    for home in _HOMES:
-        if (home / modality / MANIFEST).is_file():
-            return home / modality
-    raise StarterError(
-        f"the starter {modality} model is missing from {_HOMES[0].parent.parent}: install embedmesh again, or in a "
-        f"checkout run `git checkout services/starter/models`; to go without it, leave {modality} out "
-        f"(embedmesh up --without {modality})"
-    )
+    folder = _MODELS / modality
+    if not (folder / MANIFEST).is_file():
+        raise StarterError(
+            f"the starter {modality} model is missing from {_MODELS}: install embedmesh again (in a checkout: "
+            f"`git checkout services/starter/models`), or go without it: embedmesh up --without {modality}"
+        )
+    return folder.resolve()
