@@ -23,7 +23,7 @@ help: ## Print this help
 	@awk 'BEGIN { FS = ":.*## "; print "embedmesh: type one of\n" } \
 	      /^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
-demo: .venv/serve.stamp ## Start a whole mesh, embed real text, search it, watch the cache; ends by itself
+demo: .venv/serve.stamp ## Start a whole mesh: words, sounds and pictures find each other; ends by itself
 	@$(PY) -m embedmesh_cli demo $(ARGS)
 
 up: .venv/serve.stamp ## Run the mesh on this machine until Ctrl-C (ARGS="--help" shows every option)

@@ -1,8 +1,7 @@
-"""The command as a whole: help, version, models on disk, the demo."""
+"""The command as a whole: help, version, models on disk."""
 
 import json
 import re
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -92,13 +91,3 @@ def test_the_command_is_named_as_it_can_be_typed(monkeypatch: pytest.MonkeyPatch
     assert command_name() == "bin/embedmesh"
     monkeypatch.chdir("/")
     assert command_name() == str(beside)
-
-
-def test_demo(starter_model: Path) -> None:
-    """It checks what it says by itself; here only that it says it, on a page, and ends."""
-    done = subprocess.run(
-        [sys.executable, "-m", "embedmesh_cli", "demo"], capture_output=True, text=True, check=False, timeout=110
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) < 60
-    assert "All as it should be" in done.stdout

@@ -7,47 +7,111 @@ import os
 import re
 import signal
 import time
-import urllib.request
-from collections.abc import Iterable
-from importlib import resources
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Final
 
 import numpy as np
 import redis
+import typer
 from numpy.typing import NDArray
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from embedmesh import AsyncClient, EmbedResult
-from embedmesh_cli.console import UserError, command_name, starter_model
-from embedmesh_cli.mesh import Mesh, MeshError, MeshOptions
+from embedmesh import AsyncClient, Audio, EmbedResult, Image
+from embedmesh.inputs import Input
+from embedmesh_cli.console import USAGE, UserError, command_name, starter_model
+from embedmesh_cli.demo import material
+from embedmesh_cli.demo.material import Definition, Picture
+from embedmesh_cli.demo.metrics import read, value
+from embedmesh_cli.demo.page import Answer, Hit, render
+from embedmesh_cli.mesh import MODALITIES, Mesh, MeshError, MeshOptions
 
 __all__ = ["demo"]
 
+# What is typed, and a picture that must be among the first five; "" promises nothing: what small models do not get.
+_TYPED: Final = {
+    "breakfast in bed": "pancakes",
+    "rock and roll": "guitar",
+    "under the sea": "whale",
+    "outer space": "astronaut",
+    "winter is coming": "snowman",
+    "send a letter": "envelope",
+    "my boyfriend left me": "broken heart",
+    "will you marry me": "ring",
+    "a pet that barks": "",
+}
+# What is spoken, and the caption of a picture that must be among the first five.
+_SPOKEN: Final = {
+    "rocket": "rocket",
+    "butterfly": "butterfly",
+    "police car": "police car",
+    "full moon": "full moon",
+    "guitar": "guitar",
+    "crown": "crown",
+}
+# What is shown, and a word whose definition must be among the first five.
+_SHOWN: Final = {
+    "shopping cart": "grocery store",
+    "trophy": "champion",
+    "train": "railway station",
+    "face with tears of joy": "exhilaration",
+}
 # What is asked, and the word whose definition must come first. None shares a word with its answer.
-_QUESTIONS = {
+_QUESTIONS: Final = {
     "what to wear on a freezing day": "greatcoat",
     "where to buy bread and milk": "grocery store",
     "a device to look at very tiny things": "microscope",
     "she got the job of her dreams": "fulfillment",
 }
-_SMALL_WORDS = re.compile(r"\b(?:an?|and|at|be|for|from|her|in|is|it|of|on|or|she|the|to|very|what|where|with)\b")
-_WAIT_SECONDS = 30.0
+_FIRST: Final = 5
+_SMALL_WORDS: Final = re.compile(
+    r"\b(?:an?|and|at|be|for|from|her|in|is|it|of|on|or|she|the|to|very|what|where|with)\b"
+)
+_CALLS: Final = {"text": "EmbedText", "image": "EmbedImage", "audio": "EmbedAudio"}
+_WAIT_SECONDS: Final = 30.0
+_PAGE: Final = Path("demo-output/index.html")
 
 
-def demo() -> None:
-    """Show a mesh at work: start it, embed, search, cache, errors, metrics; ends by itself.
+def demo(
+    *,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=f"Write the page with the pictures here.  [default: {_PAGE}]"),
+    ] = None,
+) -> None:
+    """Show a mesh at work: words find pictures, spoken words find pictures, pictures find words.
 
-    Embeds 1,000 definitions of WordNet with all-MiniLM-L6-v2 (made on first use) on free ports of this
-    machine. Needs no other program, leaves no process behind, and ends with 1 if anything is not as it says.
+    Starts gateway, three encoders and a cache on free ports of this machine, with the starter models (the one for
+    text is made on first use). Then nothing is computed twice, the gateway survives a kill -9, and bad inputs hurt
+    only themselves. Needs no other program, leaves no process behind, and ends with 1 if anything is not as it says.
     """
     console = Console(highlight=False)
-    console.print("[bold]embedmesh demo[/]: gateway, text encoder and cache on this machine")
-    folder = starter_model("text", Console(stderr=True))
+    console.print("[bold]embedmesh demo[/]: one address for words, pictures and sounds, all on this machine")
+    written = _writable(html)
+    text, image, audio = ((starter_model(modality, Console(stderr=True)),) for modality in MODALITIES)
     try:
-        asyncio.run(_Show(console).run(MeshOptions(text_models=(folder,))))
+        shown = asyncio.run(_Show(console).run(MeshOptions(text_models=text, image_models=image, audio_models=audio)))
     except MeshError as error:
         raise UserError(str(error)) from None
+    if written:
+        written.write_text(shown, encoding="utf-8")
+        console.print(f"To look at and listen to, in a browser: {written.resolve()}", soft_wrap=True)
+    console.print(f"Next: {command_name()} up", soft_wrap=True)
+
+
+def _writable(html: Path | None) -> Path | None:
+    """See at once whether the page can be written; unless it was asked for, no page is better than no demo."""
+    page = html or _PAGE
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.touch()
+    except OSError as error:
+        if html:
+            raise UserError(f"--html {html}: {error.strerror}.", USAGE) from None
+        Console(stderr=True).print(f"No page is written: {page}: {error.strerror}; --html FILE names another place.")
+        return None
+    return page
 
 
 class _Show:
@@ -55,70 +119,125 @@ class _Show:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        table = (resources.files("embedmesh_cli.demo") / "wordnet.tsv").read_text(encoding="utf-8")
-        self._words, self._glosses = zip(*(line.split("\t") for line in table.splitlines()), strict=True)
+        self._material = material.load()
+        self._inputs: list[Input] = [
+            *(definition.gloss for definition in self._material.definitions),
+            *(Image(picture.content) for picture in self._material.pictures),
+            *(Audio(clip.content) for clip in self._material.clips),
+        ]
+        self._answers: list[Answer] = []
+        self._facts: list[str] = []
 
-    async def run(self, options: MeshOptions) -> None:
+    async def run(self, options: MeshOptions) -> str:
+        """Play all acts; gives the page that shows their answers."""
         started = time.monotonic()
         async with Mesh(options) as mesh:
             ready = time.monotonic() - started
             pids = list(mesh.pids.values())
             async with AsyncClient(mesh.address) as client:
-                (model,) = await client.list_models()
-                self._say(f"  {model.name} ({model.dimensions} dimensions) at {mesh.address}, ready in {ready:.1f} s")
-                for role in mesh.roles:
-                    self._say(f"  {role.name:8} pid {role.process.pid:<8} {role.grpc}")
-                computed, seconds = await self._embed(mesh, client)
-                await self._search(client, computed)
-                await self._again(mesh, client, computed, seconds)
-                pids += await self._survive(mesh, client, computed)
-                await self._one_bad_input(client)
-                self._metrics(mesh)
+                await self._introduce(mesh, client, ready)
+                vectors, seconds = await self._embed(mesh, client)
+                await self._type(client)
+                self._speak()
+                self._show()
+                await self._ask(client)
+                await self._again(mesh, client, vectors, seconds)
+                pids += await self._survive(mesh, client, vectors)
+                await self._bad_inputs(client)
+                self._count(mesh)
         for pid in pids:
             _require(not _alive(pid), f"process {pid} is still there")
-        self._say(
-            f"\nAll as it should be, {time.monotonic() - started:.0f} s, no process left. Next: {command_name()} up"
-        )
+        self._say(f"\nAll as it should be, {time.monotonic() - started:.0f} s, no process left.")
+        return render(self._answers, self._material.pictures, self._pictures, self._facts)
+
+    async def _introduce(self, mesh: Mesh, client: AsyncClient, ready: float) -> None:
+        models = {info.modality: info for info in await client.list_models()}
+        _require(set(models) == set(MODALITIES), f"the mesh serves {sorted(models)}")
+        _require(len({info.space for info in models.values()}) == 1, "the models do not share a space")
+        for role in mesh.roles:
+            what = f"{models[role.name].name}, {models[role.name].dimensions} numbers" if role.name in models else ""
+            self._say(f"  {role.name:8} pid {role.process.pid:<8} {role.grpc:18}{what}".rstrip())
+        self._say(f"  ready in {ready:.1f} s")
+        self._facts.append(f"gateway, three encoders and cache ready in {ready:.1f} s")
 
     async def _embed(self, mesh: Mesh, client: AsyncClient) -> tuple[NDArray[np.float32], float]:
-        self._act(f"Embed {len(self._glosses):,} definitions from WordNet")
-        results, seconds = await self._pass(client)
-        _require(not any(result.cached for result in results), "a vector came from a cache that was empty")
-        vectors = _matrix(results)
-        units = sum(result.input_units for result in results)
-        encoder = _read(mesh.role("text").http)
-        padding = _value(encoder, "embedmesh_batch_units_total", kind="padding")
-        real = _value(encoder, "embedmesh_batch_units_total", kind="real")
-        self._say(
-            f"  {len(vectors):,} vectors in {seconds:.1f} s: {len(vectors) / seconds:,.0f} texts/s, "
-            f"{units / seconds:,.0f} tokens/s, {padding / (padding + real):.0%} padding"
-        )
-        return vectors, seconds
+        texts, pictures, clips = map(len, (self._material.definitions, self._material.pictures, self._material.clips))
+        self._act(f"Embed {texts:,} definitions from WordNet, {pictures} emoji and {clips} spoken words")
+        parts, seconds = [], []
+        for noun, start, end in (
+            ("texts", 0, texts),
+            ("pictures", texts, texts + pictures),
+            ("sounds", texts + pictures, len(self._inputs)),
+        ):
+            results, took = await self._pass(client, self._inputs[start:end])
+            _require(not any(result.cached for result in results), "a vector came from a cache that was empty")
+            parts.append(_matrix(results))
+            seconds.append(took)
+            self._say(f"  {end - start:5,} {noun:9}in {took:.2f} s: {(end - start) / took:,.0f} a second")
+            self._facts.append(f"{end - start:,} {noun} in {took:.2f} s")
+        self._definitions, self._pictures, self._clips = parts
+        encoder = read(_http(mesh, "text"))
+        padding = value(encoder, "embedmesh_batch_units_total", kind="padding")
+        real = value(encoder, "embedmesh_batch_units_total", kind="real")
+        self._say(f"  {padding / (padding + real):.0%} padding among the tokens that the text encoder computed")
+        return np.concatenate(parts), sum(seconds)
 
-    async def _search(self, client: AsyncClient, vectors: NDArray[np.float32]) -> None:
-        self._act("Search them by meaning: no question shares a word with its answer")
-        questions = (await client.embed(list(_QUESTIONS), role="query")).vectors
-        # Vectors have length 1, so the product is the cosine.
-        for (question, expected), scores in zip(_QUESTIONS.items(), questions @ vectors.T, strict=True):
-            best = np.argsort(-scores)[:3]
-            self._say(f"  {question}?" if question.startswith("wh") else f"  {question}")
-            for i in best:
-                self._say(f"    {scores[i]:.2f}  {self._words[i]}: {self._glosses[i]}")
-            _require(self._words[best[0]] == expected, f"{question!r} should have found {expected!r}")
-            shared = _content(question) & _content(f"{self._words[best[0]]} {self._glosses[best[0]]}")
+    async def _type(self, client: AsyncClient) -> None:
+        self._act("Type words, see pictures: the image encoder knows nothing of a picture but its pixels")
+        queries = (await client.embed(list(_TYPED), role="query")).vectors
+        for (words, expected), vector in zip(_TYPED.items(), queries, strict=True):
+            hits = self._best_pictures(vector)
+            self._say(f"  {words:28}{_in_line(hits)}")
+            self._answers.append(Answer("typed", words, vector, hits))
+            _require_among(hits, expected, words)
+        names = [picture.name for picture in self._material.pictures]
+        results, _ = await self._pass(client, names)
+        found = [self._rank(name, result.vector) for name, result in zip(names, results, strict=True)]
+        self._say(f"  of all {len(names)} names, {_tally(found)}")
+
+    def _speak(self) -> None:
+        self._act("Say words, see pictures: from sound to picture, with no text on the way")
+        for clip, vector in zip(self._material.clips, self._clips, strict=True):
+            hits = self._best_pictures(vector)
+            if clip.name in _SPOKEN:
+                self._say(f"  {clip.name:28}{_in_line(hits)}")
+                _require_among(hits, _SPOKEN[clip.name], f"{clip.name} (spoken)")
+                self._answers.append(Answer("spoken", clip, vector, hits))
+        found = [self._rank(clip.name, v) for clip, v in zip(self._material.clips, self._clips, strict=True)]
+        self._say(f"  of all {len(found)} clips, by voices never heard in training, {_tally(found)}")
+
+    def _show(self) -> None:
+        self._act("Show a picture, get words: the nearest of the definitions")
+        for picture, vector in zip(self._material.pictures, self._pictures, strict=True):
+            if picture.name in _SHOWN:
+                hits = _best(vector, self._definitions, self._material.definitions)
+                self._say(f"  {picture.name:28}{hits[0].score:.2f} {hits[0].described}")
+                self._answers.append(Answer("shown", picture, vector, hits))
+                _require_among(hits, _SHOWN[picture.name], f"the picture of {picture.name}")
+
+    async def _ask(self, client: AsyncClient) -> None:
+        self._act("Ask for a word by its meaning: no question shares a word with its answer")
+        queries = (await client.embed(list(_QUESTIONS), role="query")).vectors
+        for (question, expected), vector in zip(_QUESTIONS.items(), queries, strict=True):
+            hits = _best(vector, self._definitions, self._material.definitions)
+            self._say(f"  {question:40}{hits[0].score:.2f} {hits[0].described}")
+            self._answers.append(Answer("asked", question, vector, hits))
+            _require(hits[0].item.name == expected, f"{question!r} should have found {expected!r}")
+            shared = _content(question) & _content(hits[0].described)
             _require(not shared, f"{question!r} shares {shared} with its answer")
 
     async def _again(self, mesh: Mesh, client: AsyncClient, computed: NDArray[np.float32], seconds: float) -> None:
-        self._act("Embed the same again: nothing is computed twice")
+        self._act("Embed everything again, in one stream: nothing is computed twice")
         calls = _encoder_calls(mesh)
-        results, again = await self._pass(client)
+        results, again = await self._pass(client, self._inputs)
         _require(all(result.cached for result in results), "a vector was computed again")
         _require(np.array_equal(_matrix(results), computed), "a cached vector differs from the computed one")
-        _require(_encoder_calls(mesh) == calls, "the encoder was called")
+        _require(_encoder_calls(mesh) == calls, "an encoder was called")
         self._say(
             f"  {len(results):,} identical vectors in {again:.2f} s, {seconds / again:,.0f} times as fast; "
             f"encoder calls {calls:.0f} -> {_encoder_calls(mesh):.0f}"
         )
+        self._facts.append(f"all of them again, from the cache, in {again:.2f} s")
 
     async def _survive(self, mesh: Mesh, client: AsyncClient, computed: NDArray[np.float32]) -> list[int]:
         self._act("Kill the gateway with -9: it comes back, and reads the vectors from Redis")
@@ -131,48 +250,49 @@ class _Show:
         os.kill(killed, signal.SIGKILL)
         await _until(lambda: process.state == "serving" and process.pid != killed, "the gateway did not come back")
         back = time.monotonic() - started
-        results, again = await self._pass(client)
+        results, again = await self._pass(client, self._inputs)
         _require(np.array_equal(_matrix(results), computed), "a vector from Redis differs from the computed one")
-        hits = _value(_read(mesh.http_address), "embedmesh_cache_lookups_total", tier="redis", outcome="hit")
+        hits = value(read(mesh.http_address), "embedmesh_cache_lookups_total", tier="redis", outcome="hit")
         _require(hits == len(computed), f"{hits:.0f} of {len(computed)} vectors came from Redis")
-        _require(_encoder_calls(mesh) == calls, "the encoder was called")
+        _require(_encoder_calls(mesh) == calls, "an encoder was called")
         self._say(
             f"  back in {back:.1f} s, same port; {hits:,.0f} vectors in {again:.2f} s; "
             f"encoder calls {calls:.0f} -> {_encoder_calls(mesh):.0f}"
         )
         return [process.pid or 0]
 
-    async def _one_bad_input(self, client: AsyncClient) -> None:
-        self._act("One bad input hurts only itself")
+    async def _bad_inputs(self, client: AsyncClient) -> None:
+        self._act("Bad inputs hurt only themselves")
         long = "All work and no play makes Jack a dull boy. " * 60
-        response = await client.embed(["a fine text", "x" * 2_000_000, long])
-        fine, bad, cut = response.results
+        half = Image(self._material.pictures[0].content[:200])
+        response = await client.embed(["a fine text", half, Audio(b"no sound"), "x" * 2_000_000, long])
+        fine, picture, sound, huge, cut = response.results
         _require(fine.error is None and not fine.truncated, "the good input did not get its vector")
-        _require(bad.error is not None and bad.error.reason == "INPUT_TOO_LARGE", "the huge input was not refused")
+        for bad, reason in ((picture, "UNDECODABLE_INPUT"), (sound, "UNDECODABLE_INPUT"), (huge, "INPUT_TOO_LARGE")):
+            _require(bad.error is not None and bad.error.reason == reason, f"input {bad.index} was not refused")
         _require(cut.truncated and cut.original_units > cut.input_units, "the long input was not marked as truncated")
-        self._say(f"  [0] vector of {fine.vector.shape[0]}, {fine.input_units} tokens")
-        self._say(f"  [1] {bad.error.reason}: {bad.error.message}" if bad.error else "")
-        self._say(
-            f"  [2] vector of {cut.vector.shape[0]}, truncated: read {cut.input_units} of {cut.original_units} tokens"
-        )
+        for result in response.results:
+            if result.error:
+                self._say(f"  [{result.index}] {result.error.reason}: {result.error.message}")
+            else:
+                read_of = f", truncated: read {result.input_units} of {result.original_units} tokens"
+                self._say(f"  [{result.index}] vector of {result.vector.shape[0]}{read_of if result.truncated else ''}")
 
-    def _metrics(self, mesh: Mesh) -> None:
-        self._act("What Prometheus sees (gateway since its restart, encoder since the start)")
-        gateway, encoder = _read(mesh.http_address), _read(mesh.role("text").http)
+    def _count(self, mesh: Mesh) -> None:
+        self._act("What Prometheus sees (gateway since its restart, encoders since the start)")
+        gateway = read(mesh.http_address)
         for samples, name in (
             (gateway, "embedmesh_cache_lookups_total"),
             (gateway, "embedmesh_gateway_inputs_total"),
-            (encoder, "embedmesh_batch_inputs_count"),
-            (encoder, "embedmesh_encoder_inputs_total"),
-            (encoder, "embedmesh_truncated_inputs_total"),
+            *((read(_http(mesh, modality)), "embedmesh_encoder_inputs_total") for modality in MODALITIES),
         ):
-            for (sample, labels), value in sorted(samples.items()):
-                if sample == name and value and ("tier", "inflight") not in labels:
+            for (sample, labels), count in sorted(samples.items()):
+                if sample == name and count and ("tier", "inflight") not in labels:
                     shown = ",".join(f'{key}="{text}"' for key, text in labels)
-                    self._say(f"  {sample}{{{shown}}} {value:.0f}")
+                    self._say(f"  {sample}{{{shown}}} {count:.0f}")
 
-    async def _pass(self, client: AsyncClient) -> tuple[list[EmbedResult], float]:
-        """Embed all definitions as a stream; the results in order, and the seconds."""
+    async def _pass(self, client: AsyncClient, inputs: Sequence[Input]) -> tuple[list[EmbedResult], float]:
+        """Embed as a stream; the results in order, and the seconds."""
         bar = Progress(
             TextColumn("  embedding"),
             BarColumn(),
@@ -183,15 +303,24 @@ class _Show:
         )
         started = time.monotonic()
         with bar:
-            task = bar.add_task("", total=len(self._glosses))
+            task = bar.add_task("", total=len(inputs))
             results = []
-            async for result in client.embed_stream(self._glosses):
+            async for result in client.embed_stream(inputs):
                 results.append(result)
                 bar.advance(task)
         return results, time.monotonic() - started
 
+    def _best_pictures(self, vector: NDArray[np.float32]) -> list[Hit]:
+        return _best(vector, self._pictures, self._material.pictures)
+
+    def _rank(self, name: str, vector: NDArray[np.float32]) -> int:
+        """Give the place, from 1, that the picture of this name takes among all."""
+        scores = self._pictures @ vector
+        (place,) = (i for i, picture in enumerate(self._material.pictures) if picture.name == name)
+        return int(np.sum(scores > scores[place])) + 1
+
     def _act(self, title: str) -> None:
-        self._console.print(f"\n[bold]{title}[/]")
+        self._console.print(f"\n[bold]{title}[/]", soft_wrap=True)
 
     def _say(self, line: str) -> None:
         """Print one line; on a terminal it is cut at the edge."""
@@ -201,14 +330,34 @@ class _Show:
             self._console.print(line, markup=False, soft_wrap=True)
 
 
+def _best(vector: NDArray[np.float32], among: NDArray[np.float32], items: Sequence[Picture | Definition]) -> list[Hit]:
+    """Give the nearest items, the best first."""
+    scores = among @ vector  # vectors have length 1, so the product is the cosine
+    return [Hit(float(scores[i]), items[i]) for i in np.argsort(-scores)[:_FIRST]]
+
+
+def _in_line(hits: Iterable[Hit]) -> str:
+    return ", ".join(hit.item.name for hit in hits)
+
+
+def _tally(ranks: Sequence[int]) -> str:
+    first, among = (sum(rank <= places for rank in ranks) for places in (1, _FIRST))
+    return f"{first} find their picture first and {among} among the first five"
+
+
 def _require(condition: bool, otherwise: str) -> None:
     if not condition:
         raise UserError(f"the demo did not go as it should: {otherwise}.")
 
 
-async def _until(condition: object, otherwise: str) -> None:
+def _require_among(hits: Sequence[Hit], expected: str, query: str) -> None:
+    found = [hit.item.name for hit in hits]
+    _require(expected in [*found, ""], f"{query!r} found {', '.join(found)}, and not {expected!r}")
+
+
+async def _until(condition: Callable[[], bool], otherwise: str) -> None:
     end = time.monotonic() + _WAIT_SECONDS
-    while not condition():  # type: ignore[operator]
+    while not condition():
         _require(time.monotonic() < end, otherwise)
         await asyncio.sleep(0.02)
 
@@ -221,28 +370,12 @@ def _content(text: str) -> set[str]:
     return set(re.findall(r"[a-z]+", _SMALL_WORDS.sub("", text.lower())))
 
 
-_Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-
-
-def _read(http_address: str) -> _Samples:
-    """Scrape /metrics, as Prometheus would."""
-    with urllib.request.urlopen(f"http://{http_address}/metrics", timeout=10) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in families
-        for sample in family.samples
-    }
-
-
-def _value(samples: _Samples, name: str, **labels: str) -> float:
-    """Sum of the samples of `name` that carry `labels`."""
-    wanted = set(labels.items())
-    return sum(value for (sample, has), value in samples.items() if sample == name and wanted <= set(has))
+def _http(mesh: Mesh, role: str) -> str:
+    return mesh.role(role).http
 
 
 def _encoder_calls(mesh: Mesh) -> float:
-    return _value(_read(mesh.role("text").http), "embedmesh_requests_total", method="EmbedText")
+    return sum(value(read(_http(mesh, role)), "embedmesh_requests_total", method=_CALLS[role]) for role in _CALLS)
 
 
 def _alive(pid: int) -> bool:
