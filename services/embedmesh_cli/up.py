@@ -130,8 +130,8 @@ def up(
         typer.Option(
             metavar="NAME",
             show_envvar=False,
-            help="What runs the text model (`embedmesh-encoder text --help`); fake needs no model, and leaves out image "
-            "and audio unless you name models for them.",
+            help="What runs the text model (`embedmesh-encoder text --help`); fake needs no model, and leaves out "
+            "image and audio unless you name models for them.",
         ),
     ] = "auto",
     replicas: Annotated[

@@ -88,7 +88,7 @@ class Bound:
         self.budget = settings.batch_cost
         self._most_items = settings.batch_items
         self._preparer = make(self.spec, settings)
-        self._backend: Backend = create_backend(self.spec, BackendOptions("auto", threads))
+        self._backend: Backend = create_backend(self.spec, BackendOptions(intra_op_threads=threads))
 
     def __enter__(self) -> Self:
         return self

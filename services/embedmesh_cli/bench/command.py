@@ -175,7 +175,7 @@ async def _run(names: Sequence[str], options: Any, output: Path | None) -> bool:
             await client.list_models(timeout=10)  # a missing mesh is told at once
     status = progress.status("")
     async with Generator() as generator:
-        session = Session(options, generator, starter_text=lambda: starter_model(progress), say=say, tell=tell)
+        session = Session(options, generator, starter_text=lambda: starter_model("text", progress), say=say, tell=tell)
         for name in names:
             scenario = _SCENARIOS[name]
             module = importlib.import_module(f"embedmesh_cli.bench.{scenario.module}")
