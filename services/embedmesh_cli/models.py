@@ -16,12 +16,14 @@ from rich.table import Table
 from embedmesh.client import Client
 from embedmesh.errors import EmbedMeshError
 from embedmesh_cli.console import explain
+from embedmesh_cli.quantize import quantize
 from embedmesh_cli.starter import TOWERS, StarterError, cache_folder, starter_tower
 from embedmesh_encoder.model import ModelError, find_models
 
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.command("quantize")(quantize)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,14 @@
     ms_per_unit = 0.0
     seed = 0                           # another seed, other vectors
 
+    [variant]                          # what `embedmesh models quantize` made this from, and measured
+    of = "all-MiniLM-L6-v2@0d14bd3a5ae07686"
+    samples = 1000
+    cosine_min = 0.9858                # to the original's vectors
+    cosine_p1 = 0.9875
+    cosine_mean = 0.9931
+    company_min = 0.9856               # between a sample's own vectors, in a batch and alone
+
     [files]                            # every file the model reads, below this folder
     "model.onnx" = "<sha256>"
     "tokenizer.json" = "<sha256>"
@@ -64,7 +72,7 @@ extractor makes (`input_features`, `input_values`; `attention_mask`, `is_longer`
 The *revision* is a fingerprint of everything that changes a vector: the files, graph, text,
 image, audio and triton tables, longest input, normalisation, precision, backend. The last two are those
 that really run it (`ModelSpec.run_by`), so that no node can make vectors of another precision under
-the same revision. Name, family, space, licence, source and timing are no part of it.
+the same revision. Name, family, space, licence, source, timing and variant are no part of it.
 """
 
 from __future__ import annotations
@@ -110,6 +118,7 @@ __all__ = [
     "Precision",
     "TextSpec",
     "TritonTable",
+    "VariantTable",
     "find_models",
     "load_spec",
     "verify_files",
@@ -243,6 +252,17 @@ class TritonTable(_Table):
     version: Annotated[str, Field(pattern=r"^[0-9]*$")] = ""
 
 
+class VariantTable(_Table):
+    """What a model was made from, and how alike it is; for people."""
+
+    of: str
+    samples: NonNegativeInt
+    cosine_min: float
+    cosine_p1: float
+    cosine_mean: float
+    company_min: float
+
+
 class FakeSpec(_Table):
     """Behaviour of the fake backend."""
 
@@ -275,6 +295,7 @@ class ModelSpec(_Table):
     image: ImageTable | None = Field(None, validate_default=True)
     audio: AudioTable | None = Field(None, validate_default=True)
     triton: TritonTable | None = Field(None, validate_default=True)
+    variant: VariantTable | None = None
     fake: FakeSpec | None = Field(default_factory=lambda data: FakeSpec() if data.get("backend") == "fake" else None)
 
     @field_validator("truncatable_dimensions")
@@ -448,6 +469,7 @@ _TABLES: Final[dict[tuple[int | str, ...], type[_Table]]] = {
     ("image",): ImageTable,
     ("audio",): AudioTable,
     ("triton",): TritonTable,
+    ("variant",): VariantTable,
     ("fake",): FakeSpec,
 }
 # pydantic's words for these are about Python, not about TOML.

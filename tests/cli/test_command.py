@@ -19,7 +19,10 @@ def test_version(cli: Any) -> None:
     assert cli("--version").out == f"embedmesh {version('embedmesh')}\n"
 
 
-@pytest.mark.parametrize("words", [[], ["up"], ["embed"], ["models"], ["models", "list"], ["demo"], ["bench"]])
+@pytest.mark.parametrize(
+    "words",
+    [[], ["up"], ["embed"], ["models"], ["models", "list"], ["models", "quantize"], ["demo"], ["bench"]],
+)
 def test_help(cli: Any, words: list[str]) -> None:
     done = cli(*words, "--help")
     assert done.status == 0
