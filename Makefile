@@ -6,7 +6,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo up test check check-style check-types check-imports check-contract check-package proto \
-        starter starter-figures test-torch test-node bench bench-peers lock clean
+        starter starter-figures test-torch test-node test-triton bench bench-peers lock clean
 
 PY := .venv/bin/python
 ARGS ?=
@@ -16,7 +16,7 @@ export ORT_DISABLE_TELEMETRY := 1
 
 # An environment does not survive a move of its folder: forget it then, install.sh makes it anew.
 ifneq ($(shell cat .venv/home 2>/dev/null),$(shell pwd -P))
-$(shell rm -f .venv/serve.stamp .venv/dev.stamp .venv-torch/*.stamp)
+$(shell rm -f .venv/serve.stamp .venv/dev.stamp .venv-torch/*.stamp .venv-triton/triton.stamp)
 endif
 
 help: ## Print this help
@@ -30,7 +30,7 @@ up: .venv/serve.stamp ## Run the mesh on this machine until Ctrl-C (ARGS="--help
 	@$(PY) -m embedmesh_cli up $(ARGS)
 
 test: .venv/dev.stamp ## Run the tests, real processes included
-	$(PY) -m pytest -m "not torch and not node" $(ARGS)
+	$(PY) -m pytest -m "not torch and not node and not triton" $(ARGS)
 
 check: check-style check-types check-imports check-contract check-package ## Lint, types, imports, contract, packaging
 	@echo "check: all good"
@@ -74,6 +74,9 @@ test-node: .venv/dev.stamp ## Call the gateway from JavaScript (needs node and n
 	  { echo "embedmesh: make test-node needs node and npm on PATH (Debian, Ubuntu: apt install nodejs npm)." >&2; exit 1; }
 	$(PY) -m pytest -m node $(ARGS)
 
+test-triton: .venv/dev.stamp .venv-triton/triton.stamp ## Run a model in a real Triton server (installs it into .venv-triton)
+	$(PY) -m pytest -m triton $(ARGS)
+
 bench: .venv/dev.stamp ## Measure it all into build/bench (ARGS="text cached --rounds 3", ARGS=--list)
 	@$(PY) -m embedmesh_cli bench --output build/bench $(ARGS)
 
@@ -85,7 +88,7 @@ lock: .venv/serve.stamp ## Lock the newest versions that pyproject.toml allows
 	sh requirements/lock.sh .venv/uv/bin/uv
 
 clean: ## Remove everything that make made here (not the models in your cache folder)
-	rm -rf .venv .venv-torch .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage dist build
+	rm -rf .venv .venv-torch .venv-triton .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage dist build
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 .venv/serve.stamp: requirements/serve.txt requirements/install.sh pyproject.toml
@@ -96,6 +99,10 @@ clean: ## Remove everything that make made here (not the models in your cache fo
 .venv/dev.stamp: requirements/dev.txt requirements/sdist.txt requirements/install.sh pyproject.toml
 	@sh requirements/install.sh dev
 	@touch .venv/serve.stamp $@
+
+.venv-triton/triton.stamp: requirements/triton.txt requirements/install.sh
+	@VENV=.venv-triton sh requirements/install.sh triton
+	@touch $@
 
 .venv-torch/dev.stamp: requirements/dev.txt requirements/sdist.txt requirements/install.sh pyproject.toml
 	@VENV=.venv-torch sh requirements/install.sh dev torch

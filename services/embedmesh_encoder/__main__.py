@@ -16,7 +16,7 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry
 
 from embedmesh.v1 import audio_pb2_grpc, catalog_pb2_grpc, image_pb2_grpc, text_pb2_grpc
-from embedmesh_encoder.backend import Backend, BackendOptions, Choice, choose, create_backend, look
+from embedmesh_encoder.backend import Backend, BackendOptions, Choice, TritonOptions, choose, create_backend, look
 from embedmesh_encoder.encoder import Encoder, EncoderOptions
 from embedmesh_encoder.modalities import (
     audio_preparer,
@@ -263,8 +263,10 @@ async def _load(spec: ModelSpec, settings: EncoderSettings, metrics: EncoderMetr
         options = BackendOptions(
             intra_op_threads=settings.threads,
             lanes=settings.lanes,
+            batch_items=settings.batch_items,
             cache_folder=settings.compile_cache,
             cuda_graphs=settings.cuda_graphs,
+            triton=TritonOptions(settings.triton_url, settings.triton_timeout_seconds, settings.triton_shared_memory),
         )
         return kind.preparer(spec, settings), create_backend(spec, options)
 

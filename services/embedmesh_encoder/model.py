@@ -42,7 +42,7 @@
 
     [triton]                           # backend triton: which model of the server
     model = "minilm"
-    version = "1"                      # default: the server's choice
+    version = "1"                      # one only: another version, another revision
 
     [fake]                             # backend fake; all default to 0
     base_ms = 0.0                      # how long a batch takes: base_ms + ms_per_unit * units
@@ -249,7 +249,7 @@ class TritonTable(_Table):
     """Which model of a Triton server it is."""
 
     model: Annotated[str, Field(min_length=1)]
-    version: Annotated[str, Field(pattern=r"^[0-9]*$")] = ""
+    version: Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
 
 
 class VariantTable(_Table):

@@ -42,6 +42,13 @@ class EncoderSettings(NodeSettings):
     cuda_graphs: bool = Field(
         False, description="Backend cuda: record the work of each shape once and replay it; not for packed texts."
     )
+    triton_url: str = Field(
+        "localhost:8001", description="Backend triton: host:port of the server's gRPC; grpcs:// before it asks for TLS."
+    )
+    triton_timeout_seconds: float = Field(30.0, gt=0, description="Backend triton: how long a batch may take there.")
+    triton_shared_memory: bool = Field(
+        False, description="Backend triton: hand inputs over in memory shared with a server on the same machine."
+    )
     batch_cost: int = Field(
         256, ge=1, description="Most units (tokens, padding included) in a batch; a longer input goes alone."
     )

@@ -117,7 +117,7 @@ def test_the_fake_is_only_the_fakes(tmp_path: Path) -> None:
 
 def test_a_model_of_a_server_runs_there_only(make: Make) -> None:
     machine = Machine(packages=frozenset({"tritonclient", "openvino"}))
-    spec = make(backend="triton", graph={"layout": "packed"}, triton={"model": "minilm"})
+    spec = make(backend="triton", graph={"layout": "packed"}, triton={"model": "minilm", "version": "1"})
     assert choose(spec, machine=machine).spec.backend == "triton"
     with pytest.raises(ModelError, match='has no graph of its own, only "triton" can run it'):
         choose(spec, "openvino", machine=machine)

@@ -125,7 +125,7 @@ def test_the_revision_is_of_the_servers_model(write: Write) -> None:
     two = {**one, "triton": {"model": "minilm", "version": "2"}}
     assert write(one).revision != write(two).revision
     # Which model of a server it would be changes nothing as long as no server runs it.
-    assert write({"triton": {"model": "minilm"}}).revision == write().revision
+    assert write({"triton": {"model": "minilm", "version": "1"}}).revision == write().revision
 
 
 def test_the_revision_changes_with_the_weights(write: Write) -> None:
@@ -196,7 +196,7 @@ def test_the_revision_ignores_the_fakes_speed(write: Write) -> None:
         ({"backend": "openvino", "fake": {"base_ms": 1}}, 'fake is only for the backend "fake"'),
         ({"backend": "openvino", "graph": {"layout": "packed"}}, "graph names no file"),
         ({"backend": "triton", "graph": {"layout": "packed"}}, "triton is missing"),
-        ({"triton": {"model": ""}}, "triton.model must have at least 1 character"),
+        ({"triton": {"model": "", "version": "1"}}, "triton.model must have at least 1 character"),
         ({"triton": {"model": "m", "version": "latest"}}, "triton.version must match"),
         (
             {"backend": "fake", "graph": {"layout": "packed"}, "fake": {"base_ms": -1}},

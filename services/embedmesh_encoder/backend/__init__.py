@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from embedmesh_encoder.backend.choice import Choice, Machine, choose, look
+from embedmesh_encoder.backend.options import BackendOptions, TritonOptions
 from embedmesh_encoder.model import ModelSpec
 
-__all__ = ["Backend", "BackendOptions", "Choice", "Machine", "choose", "create_backend", "look"]
+__all__ = ["Backend", "BackendOptions", "Choice", "Machine", "TritonOptions", "choose", "create_backend", "look"]
 
 
 class Backend(Protocol):
@@ -37,23 +36,6 @@ class Backend(Protocol):
         """Give memory and threads back. `run` must not be called again."""
 
 
-@dataclass(frozen=True, slots=True)
-class BackendOptions:
-    """How to run a graph, as far as it changes no vector; what does is in the `ModelSpec`.
-
-    Attributes:
-        intra_op_threads: Threads one `run` may use; 0 takes one for each core this process may use.
-        lanes: How many threads will call `run` at the same time.
-        cache_folder: Where compiled models (openvino, tensorrt) are kept between starts; none by default.
-        cuda_graphs: Whether "cuda" records the work of each shape once and replays it.
-    """
-
-    intra_op_threads: int = 0
-    lanes: int = 1
-    cache_folder: Path | None = None
-    cuda_graphs: bool = False
-
-
 def create_backend(spec: ModelSpec, options: BackendOptions | None = None) -> Backend:
     """Load a model's graph with the backend that `spec` names. Takes seconds; call it in a thread.
 
@@ -75,6 +57,10 @@ def create_backend(spec: ModelSpec, options: BackendOptions | None = None) -> Ba
             lanes=options.lanes,
             cache_folder=options.cache_folder,
         )
+    if spec.backend == "triton":
+        from embedmesh_encoder.backend.triton import TritonBackend  # noqa: PLC0415
+
+        return TritonBackend(spec, options.triton, batch_items=options.batch_items)
     from embedmesh_encoder.backend.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415
 
     return OnnxRuntimeBackend(
