@@ -73,9 +73,9 @@ def test_what_is_shown_comes_out_as_it_is() -> None:
         page.Answer("spoken", clip, vector, hits),
         page.Answer("shown", picture, vector, hits),
     ]
-    text = page.render(answers, [picture], np.stack([vector]), ["1 < 2"])
+    text = page.render(answers, [picture], np.stack([vector]), facts=["1 < 2"], tallies={"typed": "2 > 1"})
     links = Links(text)
-    for shown in ("<i>", "say </q>", "a <gloss>", "<b>&\"'$x", "1 < 2"):
+    for shown in ("<i>", "say </q>", "a <gloss>", "<b>&\"'$x", "1 < 2", "2 > 1"):
         assert shown in links.text
     assert re.findall(r'data-vector="(.*?)"', text) == ["X4E="] * 4  # 95, -127
     assert re.findall(r'data-sound="(\d)"', text) == ["0", "1"]

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from string import Template
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedmesh_cli.demo.material import Clip, Definition, Picture
 
-__all__ = ["Answer", "Hit", "render"]
+__all__ = ["Answer", "Hit", "Kind", "render"]
+
+Kind: TypeAlias = Literal["typed", "spoken", "shown", "asked"]
 
 # Kind of query, heading, and what to know about it.
-_SECTIONS: Final = {
+_SECTIONS: Final[dict[Kind, tuple[str, str]]] = {
     "typed": (
         "Type words, see pictures",
         "The text encoder reads the words, the image encoder saw nothing but pixels; the nearest vectors come first.",
@@ -47,16 +49,22 @@ class Hit:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What was asked, its vector, and what was found, the nearest first."""
+    """What was asked, its vector, and what was found, the nearest first; with a note where there is more to say."""
 
-    kind: Literal["typed", "spoken", "shown", "asked"]
+    kind: Kind
     query: str | Clip | Picture
     vector: NDArray[np.float32]
     hits: Sequence[Hit]
+    note: str = ""
 
 
 def render(
-    answers: Sequence[Answer], pictures: Sequence[Picture], vectors: NDArray[np.float32], facts: Iterable[str]
+    answers: Sequence[Answer],
+    pictures: Sequence[Picture],
+    vectors: NDArray[np.float32],
+    *,
+    facts: Iterable[str],
+    tallies: Mapping[Kind, str],
 ) -> str:
     """Write the page.
 
@@ -65,12 +73,14 @@ def render(
         pictures: All of them.
         vectors: Of the pictures, float32 [pictures, d].
         facts: A few words each about the run.
+        tallies: How often the right thing was found, by kind of query.
     """
     sections = []
     for kind, (heading, note) in _SECTIONS.items():
         cards = "".join(_card(answer) for answer in answers if answer.kind == kind)
+        notes = f"{note} {escape(tallies.get(kind, ''))}".rstrip()
         sections.append(
-            f'<section class="{kind}">\n<h2>{heading}</h2>\n<p class="note">{note}</p>\n{cards}</section>\n'
+            f'<section class="{kind}">\n<h2>{heading}</h2>\n<p class="note">{notes}</p>\n{cards}</section>\n'
         )
     gallery = (
         f'<li><button data-vector="{_packed(vector)}" title="{escape(picture.name)}">{_image(picture)}</button></li>\n'
@@ -105,8 +115,10 @@ def _packed(vector: NDArray[np.float32]) -> str:
 
 
 def _card(answer: Answer) -> str:
-    hits = "".join(_hit(hit) for hit in answer.hits)
-    return f'<article>\n<div class="query">{_query(answer.query)}</div>\n<ol>{hits}</ol>\n</article>\n'
+    own = answer.query.name if isinstance(answer.query, Clip) else ""
+    hits = "".join(_hit(hit, own=hit.item.name == own) for hit in answer.hits)
+    note = f"<small>{escape(answer.note)}</small>" if answer.note else ""
+    return f'<article>\n<div class="query">{_query(answer.query)}{note}</div>\n<ol>{hits}</ol>\n</article>\n'
 
 
 def _query(query: str | Clip | Picture) -> str:
@@ -118,13 +130,14 @@ def _query(query: str | Clip | Picture) -> str:
     return f"{_image(query)}<small>{escape(query.name)}</small>"
 
 
-def _hit(hit: Hit) -> str:
+def _hit(hit: Hit, *, own: bool) -> str:
     item, score = hit.item, f"<i>{hit.score:.2f}</i>"
     if isinstance(item, Picture):
         shown = f"{_image(item)}{score}<b>{escape(item.name)}</b>"
     else:
         shown = f"{score}<b>{escape(item.name)}</b><span>{escape(item.gloss)}</span>"
-    return f'<li style="--score:{max(0.0, hit.score):.3f}">{shown}</li>'
+    mark = ' class="own"' if own else ""
+    return f'<li{mark} style="--score:{max(0.0, hit.score):.3f}">{shown}</li>'
 
 
 def _image(picture: Picture) -> str:

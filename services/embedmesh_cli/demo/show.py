@@ -16,15 +16,17 @@ import redis
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 from embedmesh import AsyncClient, Audio, EmbedResult, Image
 from embedmesh.inputs import Input
 from embedmesh_cli.console import USAGE, UserError, command_name, starter_model
 from embedmesh_cli.demo import material
-from embedmesh_cli.demo.material import Definition, Picture
+from embedmesh_cli.demo.material import Clip, Definition, Picture
 from embedmesh_cli.demo.metrics import read, value
-from embedmesh_cli.demo.page import Answer, Hit, render
+from embedmesh_cli.demo.page import Answer, Hit, Kind, render
 from embedmesh_cli.mesh import MODALITIES, Mesh, MeshError, MeshOptions
 
 __all__ = ["demo"]
@@ -33,7 +35,7 @@ __all__ = ["demo"]
 _TYPED: Final = {
     "breakfast in bed": "pancakes",
     "rock and roll": "guitar",
-    "under the sea": "whale",
+    "under the sea": "shark",
     "outer space": "astronaut",
     "winter is coming": "snowman",
     "send a letter": "envelope",
@@ -41,15 +43,8 @@ _TYPED: Final = {
     "will you marry me": "ring",
     "a pet that barks": "",
 }
-# What is spoken, and the caption of a picture that must be among the first five.
-_SPOKEN: Final = {
-    "rocket": "rocket",
-    "butterfly": "butterfly",
-    "police car": "police car",
-    "full moon": "full moon",
-    "guitar": "guitar",
-    "crown": "crown",
-}
+# What is spoken, where its picture must be among the first five. Many clips are beyond the small models.
+_SPOKEN: Final = ("alarm clock", "butterfly", "crown", "fire engine", "guitar", "full moon")
 # What is shown, and a word whose definition must be among the first five.
 _SHOWN: Final = {
     "shopping cart": "grocery store",
@@ -65,6 +60,8 @@ _QUESTIONS: Final = {
     "she got the job of her dreams": "fulfillment",
 }
 _FIRST: Final = 5
+# Of the pictures, by the split that `services/starter/` trains with.
+_HELD_OUT: Final = 48
 _SMALL_WORDS: Final = re.compile(
     r"\b(?:an?|and|at|be|for|from|her|in|is|it|of|on|or|she|the|to|very|what|where|with)\b"
 )
@@ -91,7 +88,10 @@ def demo(
     written = _writable(html)
     text, image, audio = ((starter_model(modality, Console(stderr=True)),) for modality in MODALITIES)
     try:
-        shown = asyncio.run(_Show(console).run(MeshOptions(text_models=text, image_models=image, audio_models=audio)))
+        # A busy machine may keep the gateway from Redis for a moment; that each vector is there must not hang on it.
+        gateway = {"cache_timeout_ms": 5000}
+        options = MeshOptions(text_models=text, image_models=image, audio_models=audio, gateway=gateway)
+        shown = asyncio.run(_Show(console).run(options))
     except MeshError as error:
         raise UserError(str(error)) from None
     if written:
@@ -127,6 +127,7 @@ class _Show:
         ]
         self._answers: list[Answer] = []
         self._facts: list[str] = []
+        self._tallies: dict[Kind, str] = {}
 
     async def run(self, options: MeshOptions) -> str:
         """Play all acts; gives the page that shows their answers."""
@@ -148,7 +149,7 @@ class _Show:
         for pid in pids:
             _require(not _alive(pid), f"process {pid} is still there")
         self._say(f"\nAll as it should be, {time.monotonic() - started:.0f} s, no process left.")
-        return render(self._answers, self._material.pictures, self._pictures, self._facts)
+        return render(self._answers, self._material.pictures, self._pictures, facts=self._facts, tallies=self._tallies)
 
     async def _introduce(self, mesh: Mesh, client: AsyncClient, ready: float) -> None:
         models = {info.modality: info for info in await client.list_models()}
@@ -187,24 +188,31 @@ class _Show:
         queries = (await client.embed(list(_TYPED), role="query")).vectors
         for (words, expected), vector in zip(_TYPED.items(), queries, strict=True):
             hits = self._best_pictures(vector)
-            self._say(f"  {words:28}{_in_line(hits)}")
-            self._answers.append(Answer("typed", words, vector, hits))
+            note = "" if expected else "small models do not get everything"
+            self._say(f"  {words:28}{_in_line(hits)}{f' ({note})' if note else ''}")
+            self._answers.append(Answer("typed", words, vector, hits, note))
             _require_among(hits, expected, words)
-        names = [picture.name for picture in self._material.pictures]
-        results, _ = await self._pass(client, names)
-        found = [self._rank(name, result.vector) for name, result in zip(names, results, strict=True)]
-        self._say(f"  of all {len(names)} names, {_tally(found)}")
+        results, _ = await self._pass(client, [picture.name for picture in self._material.pictures])
+        self._names = _matrix(results)
+        places = self._places(self._material.pictures, self._names, self._pictures)
+        tally = f"Of all {len(places)} names, {_tally(places, 'picture')}"
+        self._tell("typed", f"{tally}; {_HELD_OUT} of the pictures were kept out of training.")
 
     def _speak(self) -> None:
         self._act("Say words, see pictures: from sound to picture, with no text on the way")
-        for clip, vector in zip(self._material.clips, self._clips, strict=True):
-            hits = self._best_pictures(vector)
+        pictures, clips = self._material.pictures, self._material.clips
+        for clip, vector in zip(clips, self._clips, strict=True):
             if clip.name in _SPOKEN:
-                self._say(f"  {clip.name:28}{_in_line(hits)}")
-                _require_among(hits, _SPOKEN[clip.name], f"{clip.name} (spoken)")
-                self._answers.append(Answer("spoken", clip, vector, hits))
-        found = [self._rank(clip.name, v) for clip, v in zip(self._material.clips, self._clips, strict=True)]
-        self._say(f"  of all {len(found)} clips, by voices never heard in training, {_tally(found)}")
+                hits = self._best_pictures(vector)
+                heard = pictures[int(np.argmax(self._names @ vector))].name
+                self._say(f"  {f'{clip.name} ({clip.voice.split()[0]})':28}{_in_line(hits)}")
+                self._answers.append(Answer("spoken", clip, vector, hits, f"nearest name: {heard}"))
+                _require_among(hits, clip.name, f"{clip.name} (spoken)")
+        by_picture = _tally(self._places(clips, self._clips, self._pictures), "picture")
+        by_name = _tally(self._places(clips, self._clips, self._names), "name")
+        self._tell(
+            "spoken", f"Of all {len(clips)} clips, {by_picture} of {len(pictures)}; among written names, {by_name}."
+        )
 
     def _show(self) -> None:
         self._act("Show a picture, get words: the nearest of the definitions")
@@ -284,7 +292,7 @@ class _Show:
         for samples, name in (
             (gateway, "embedmesh_cache_lookups_total"),
             (gateway, "embedmesh_gateway_inputs_total"),
-            *((read(_http(mesh, modality)), "embedmesh_encoder_inputs_total") for modality in MODALITIES),
+            *((read(_http(mesh, modality)), "embedmesh_batch_inputs_count") for modality in MODALITIES),
         ):
             for (sample, labels), count in sorted(samples.items()):
                 if sample == name and count and ("tier", "inflight") not in labels:
@@ -313,11 +321,20 @@ class _Show:
     def _best_pictures(self, vector: NDArray[np.float32]) -> list[Hit]:
         return _best(vector, self._pictures, self._material.pictures)
 
-    def _rank(self, name: str, vector: NDArray[np.float32]) -> int:
-        """Give the place, from 1, that the picture of this name takes among all."""
-        scores = self._pictures @ vector
-        (place,) = (i for i, picture in enumerate(self._material.pictures) if picture.name == name)
-        return int(np.sum(scores > scores[place])) + 1
+    def _places(
+        self, queries: Sequence[Picture | Clip], vectors: NDArray[np.float32], among: NDArray[np.float32]
+    ) -> list[int]:
+        """Give the place, from 1, that each query's own picture takes; `among` has a row for each picture."""
+        row = {picture.name: i for i, picture in enumerate(self._material.pictures)}
+        scores = vectors @ among.T
+        return [int(np.sum(s > s[row[query.name]])) + 1 for query, s in zip(queries, scores, strict=True)]
+
+    def _tell(self, kind: Kind, tally: str) -> None:
+        self._tallies[kind] = tally
+        if self._console.is_terminal:
+            self._console.print(Padding(Text(tally), (0, 0, 0, 2)))  # a sentence, not cut at the edge
+        else:
+            self._say(f"  {tally}")
 
     def _act(self, title: str) -> None:
         self._console.print(f"\n[bold]{title}[/]", soft_wrap=True)
@@ -340,9 +357,9 @@ def _in_line(hits: Iterable[Hit]) -> str:
     return ", ".join(hit.item.name for hit in hits)
 
 
-def _tally(ranks: Sequence[int]) -> str:
-    first, among = (sum(rank <= places for rank in ranks) for places in (1, _FIRST))
-    return f"{first} find their picture first and {among} among the first five"
+def _tally(places: Sequence[int], what: str) -> str:
+    first, among = (sum(place <= most for place in places) for most in (1, _FIRST))
+    return f"{first} find their {what} first and {among} among the first five"
 
 
 def _require(condition: bool, otherwise: str) -> None:
