@@ -16,7 +16,16 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry
 
 from embedmesh.v1 import audio_pb2_grpc, catalog_pb2_grpc, image_pb2_grpc, text_pb2_grpc
-from embedmesh_encoder.backend import Backend, BackendOptions, Choice, TritonOptions, choose, create_backend, look
+from embedmesh_encoder.backend import (
+    Backend,
+    BackendOptions,
+    Choice,
+    TritonOptions,
+    best_lanes,
+    choose,
+    create_backend,
+    look,
+)
 from embedmesh_encoder.encoder import Encoder, EncoderOptions
 from embedmesh_encoder.modalities import (
     audio_preparer,
@@ -258,11 +267,13 @@ async def _load_all(settings: EncoderSettings, models: Models, metrics: EncoderM
 
 
 async def _load(spec: ModelSpec, settings: EncoderSettings, metrics: EncoderMetrics, kind: _Modality) -> Encoder:
+    lanes = settings.lanes or best_lanes(spec.backend)
+
     def read() -> tuple[Preparer, Backend]:
         verify_files(spec)
         options = BackendOptions(
             intra_op_threads=settings.threads,
-            lanes=settings.lanes,
+            lanes=lanes,
             batch_items=settings.batch_items,
             cache_folder=settings.compile_cache,
             cuda_graphs=settings.cuda_graphs,
@@ -276,7 +287,7 @@ async def _load(spec: ModelSpec, settings: EncoderSettings, metrics: EncoderMetr
         batch_items=settings.batch_items,
         aging_seconds=settings.aging_seconds,
         max_queue_cost=settings.max_queue_cost,
-        lanes=settings.lanes,
+        lanes=lanes,
         prepare_threads=settings.prepare_threads,
     )
     encoder = Encoder(spec, preparer, backend, metrics, options)

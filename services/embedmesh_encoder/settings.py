@@ -35,7 +35,12 @@ class EncoderSettings(NodeSettings):
         "for it (auto), or this one or none. Part of a model's revision: replicas should agree.",
     )
     threads: int = Field(0, ge=0, description="Threads that one batch may use; 0 takes one for each core.")
-    lanes: int = Field(1, ge=1, description="Batches of a model that run at the same time.")
+    lanes: int = Field(
+        0,
+        ge=0,
+        description="Batches of a model that run at the same time; 0 is right for the backend: 2 for openvino where "
+        "there are 2 cores, which they share, else 1.",
+    )
     compile_cache: Path | None = Field(
         None, description="Folder to keep compiled models in between starts (openvino, tensorrt); none by default."
     )

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from embedmesh_encoder.backend import Machine, choose, look
+from embedmesh_encoder.backend import Machine, best_lanes, choose, look
 from embedmesh_encoder.backend.fake import write_model
 from embedmesh_encoder.model import ModelError, ModelSpec, write_manifest
 
@@ -131,3 +131,10 @@ def test_this_machine_is_looked_at() -> None:
     assert bool(machine.bfloat16) is ("amx_bf16" in flags or "avx512_bf16" in flags)
     assert machine.gpu is Path("/dev/nvidiactl").exists()
     assert "openvino" in machine.packages
+
+
+@pytest.mark.parametrize(("cores", "lanes"), [({0}, 1), ({0, 1}, 2), (set(range(32)), 2)])
+def test_openvino_has_two_lanes(cores: set[int], lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: cores)
+    assert best_lanes("openvino") == lanes
+    assert best_lanes("onnxruntime") == 1

@@ -229,7 +229,7 @@ def test_a_broken_model_does_not_take_the_others_along(start: Callable[..., Proc
 
 
 def test_the_backend_is_chosen_and_said(start: Callable[..., Process], starter_model: Path) -> None:
-    process = start("--model", str(starter_model), "--backend", "openvino", "--lanes", "2")
+    process = start("--model", str(starter_model), "--backend", "openvino")
     with grpc.insecure_channel(process.ready()) as channel:
         catalog: Any = catalog_pb2_grpc.ModelCatalogStub(channel)
         (model,) = catalog.ListModels(catalog_pb2.ListModelsRequest(), timeout=10).models

@@ -8,10 +8,20 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from embedmesh_encoder.backend.choice import Choice, Machine, choose, look
-from embedmesh_encoder.backend.options import BackendOptions, TritonOptions
+from embedmesh_encoder.backend.options import BackendOptions, TritonOptions, best_lanes
 from embedmesh_encoder.model import ModelSpec
 
-__all__ = ["Backend", "BackendOptions", "Choice", "Machine", "TritonOptions", "choose", "create_backend", "look"]
+__all__ = [
+    "Backend",
+    "BackendOptions",
+    "Choice",
+    "Machine",
+    "TritonOptions",
+    "best_lanes",
+    "choose",
+    "create_backend",
+    "look",
+]
 
 
 class Backend(Protocol):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BackendOptions", "TritonOptions"]
+from embedmesh_encoder.model import BackendName
+
+__all__ = ["BackendOptions", "TritonOptions", "best_lanes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +45,8 @@ class BackendOptions:
     cache_folder: Path | None = None
     cuda_graphs: bool = False
     triton: TritonOptions = TritonOptions()
+
+
+def best_lanes(backend: BackendName) -> int:
+    """Give how many batches should run at the same time here, by the figures in services/README.md."""
+    return 2 if backend == "openvino" and len(os.sched_getaffinity(0)) > 1 else 1
