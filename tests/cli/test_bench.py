@@ -80,8 +80,9 @@ def test_a_whole_run(cli: Any, model: Path, tmp_path: Path) -> None:
             assert set(one["roles"]) == {"text", "gateway"}
             assert one["roles"]["text"]["rss_mib"] > 10
             assert one["batch_inputs"] >= 1
-    # What cannot be run here is said, and stops nothing.
-    assert "not measured" in found["scenarios"]["image"]["notes"][0]
+    # Pictures are the demo's, and the model is the starter's, where none are named.
+    assert "image inputs from the demo's pictures" in found["scenarios"]["image"]["notes"][0]
+    assert any(name.startswith("mesh") for name in found["scenarios"]["image"]["rows"])
     text = (tmp_path / "out" / "report.txt").read_text()
     assert re.search(r"in process: the bound .* 1\.00 ", text)
     assert text.splitlines()[2:] == done.out.splitlines()[2 : len(text.splitlines())]
