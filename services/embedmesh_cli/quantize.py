@@ -12,7 +12,7 @@ import tempfile
 import time
 import tomllib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -34,8 +34,6 @@ __all__ = ["quantize"]
 
 # What full precision promises: with it, vectors of both models may be compared as one space.
 _EQUAL: Final = 0.9999
-# Units of a batch, about as a node makes them.
-_BATCH_UNITS: Final = {"text": 256, "image": 1024, "audio": 4096}
 _LARGEST: Final = 2**31 - 1
 _DEMO_SAMPLES: Final = Path(__file__).parent / "demo" / "wordnet.tsv"
 
@@ -148,10 +146,9 @@ def _report(console: Console, spec: ModelSpec, variant: ModelSpec, likeness: Lik
 
 def _samples(spec: ModelSpec, path: Path | None) -> list[Any]:
     """Read what to embed."""
-    from embedmesh_encoder.audio import AudioItem  # noqa: PLC0415  (only this command of them all needs them)
-    from embedmesh_encoder.image import ImageItem  # noqa: PLC0415
-    from embedmesh_encoder.text import TextItem  # noqa: PLC0415
+    from embedmesh_encoder.modalities import MODALITIES  # noqa: PLC0415  (only this command of them all needs it)
 
+    make = MODALITIES[spec.modality].item
     if spec.modality == "text":
         if path is None:
             lines = [
@@ -159,13 +156,10 @@ def _samples(spec: ModelSpec, path: Path | None) -> list[Any]:
             ]
         else:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        found: list[Any] = [TextItem(line) for line in lines if line.strip()]
+        found = [make(line) for line in lines if line.strip()]
     elif path is None:
         raise UserError(f"{spec.name} is for {spec.modality}: name a folder of files with --samples.", USAGE)
     else:
-        make: Callable[[bytes], Any] = (
-            ImageItem if spec.modality == "image" else lambda content: AudioItem(content=content)
-        )
         found = [make(file.read_bytes()) for file in sorted(path.iterdir()) if file.is_file()]
     if not found:
         raise UserError(f"{path} holds nothing to measure with.", USAGE)
@@ -263,12 +257,15 @@ def _write(
 
 def _measure(spec: ModelSpec, variant: ModelSpec, items: Sequence[Any]) -> Likeness:
     """Embed the samples with both models, in batches that take turns."""
-    preparer = _preparer(spec)
+    from embedmesh_encoder.modalities import MODALITIES, default_preparer  # noqa: PLC0415
+
+    preparer = default_preparer(spec)
+    units = MODALITIES[spec.modality].defaults(spec).batch_cost
     both = create_backend(spec), create_backend(variant)
     cosines: list[float] = []
     company: list[float] = []
     seconds = [0.0, 0.0]
-    for batch in _batches(preparer, items, _BATCH_UNITS[spec.modality]):
+    for batch in _batches(preparer, items, units):
         vectors = []
         for which, backend in enumerate(both):
             started = time.process_time()
@@ -291,18 +288,6 @@ def _measure(spec: ModelSpec, variant: ModelSpec, items: Sequence[Any]) -> Liken
         company_min=min(company),
         time=seconds[1] / seconds[0],
     )
-
-
-def _preparer(spec: ModelSpec) -> Preparer:
-    from embedmesh_encoder import modalities  # noqa: PLC0415
-    from embedmesh_encoder.settings import AudioSettings, ImageSettings, TextSettings  # noqa: PLC0415
-
-    settings = {"model": (spec.folder,)}
-    if spec.modality == "text":
-        return modalities.text_preparer(spec, TextSettings.model_validate(settings))
-    if spec.modality == "image":
-        return modalities.image_preparer(spec, ImageSettings.model_validate(settings))
-    return modalities.audio_preparer(spec, AudioSettings.model_validate(settings))
 
 
 def _batches(preparer: Preparer, items: Sequence[Any], units: int) -> Iterator[list[Prepared]]:

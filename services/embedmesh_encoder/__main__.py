@@ -27,14 +27,7 @@ from embedmesh_encoder.backend import (
     look,
 )
 from embedmesh_encoder.encoder import Encoder, EncoderOptions
-from embedmesh_encoder.modalities import (
-    audio_preparer,
-    image_preparer,
-    text_preparer,
-    warm_audio,
-    warm_images,
-    warm_texts,
-)
+from embedmesh_encoder.modalities import MODALITIES, Modality
 from embedmesh_encoder.model import ModelError, ModelSpec, load_spec, verify_files
 from embedmesh_encoder.preparation import Preparer
 from embedmesh_encoder.service import (
@@ -49,7 +42,7 @@ from embedmesh_encoder.service import (
     Models,
     TextEncoderServicer,
 )
-from embedmesh_encoder.settings import AudioSettings, EncoderSettings, ImageSettings, TextSettings
+from embedmesh_encoder.settings import EncoderSettings
 from embedmesh_server import logs
 from embedmesh_server.metrics import EncoderMetrics
 from embedmesh_server.node import BindError, Node
@@ -81,37 +74,29 @@ class _Modality:
     """What sets one modality apart from another; all else is one path."""
 
     service: str
-    settings: type[EncoderSettings]
     add_servicer: Callable[[EmbedService, Any], None]
-    preparer: Callable[[ModelSpec, Any], Preparer]
-    warm: Callable[[ModelSpec, Any], Sequence[Any]]
+    inputs: Modality
 
 
 _MODALITIES: Final = {
     "text": _Modality(
         TEXT_SERVICE,
-        TextSettings,
         lambda service, server: text_pb2_grpc.add_TextEncoderServicer_to_server(TextEncoderServicer(service), server),
-        text_preparer,
-        warm_texts,
+        MODALITIES["text"],
     ),
     "image": _Modality(
         IMAGE_SERVICE,
-        ImageSettings,
         lambda service, server: image_pb2_grpc.add_ImageEncoderServicer_to_server(
             ImageEncoderServicer(service), server
         ),
-        image_preparer,
-        warm_images,
+        MODALITIES["image"],
     ),
     "audio": _Modality(
         AUDIO_SERVICE,
-        AudioSettings,
         lambda service, server: audio_pb2_grpc.add_AudioEncoderServicer_to_server(
             AudioEncoderServicer(service), server
         ),
-        audio_preparer,
-        warm_audio,
+        MODALITIES["audio"],
     ),
 }
 
@@ -128,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if modality not in _MODALITIES:
         return _misused(f"{modality!r} is no modality; try `{PROG} text --model DIR`, or `{PROG} --help`")
     settings = load(
-        _MODALITIES[modality].settings,
+        MODALITIES[modality].settings,
         prog=f"{PROG} {modality}",
         section=modality,
         env_prefix=f"EMBEDMESH_{modality.upper()}_",
@@ -279,7 +264,7 @@ async def _load(spec: ModelSpec, settings: EncoderSettings, metrics: EncoderMetr
             cuda_graphs=settings.cuda_graphs,
             triton=TritonOptions(settings.triton_url, settings.triton_timeout_seconds, settings.triton_shared_memory),
         )
-        return kind.preparer(spec, settings), create_backend(spec, options)
+        return kind.inputs.preparer(spec, settings), create_backend(spec, options)
 
     preparer, backend = await asyncio.to_thread(read)
     options = EncoderOptions(
@@ -292,7 +277,7 @@ async def _load(spec: ModelSpec, settings: EncoderSettings, metrics: EncoderMetr
     )
     encoder = Encoder(spec, preparer, backend, metrics, options)
     try:
-        await encoder.warm_up(kind.warm(spec, settings))
+        await encoder.warm_up(kind.inputs.warm(spec, settings))
     except BaseException:
         await encoder.close()
         raise

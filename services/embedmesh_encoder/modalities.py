@@ -1,10 +1,11 @@
-"""From a model's manifest to the preparer of its modality, and inputs to warm it up with."""
+"""What sets one modality apart: from a model's manifest to its preparer, inputs to warm it up with, and settings."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -13,10 +14,21 @@ from PIL import Image
 from embedmesh_encoder.audio import AudioItem, AudioLimits, AudioPreparer, AudioSpec
 from embedmesh_encoder.image import ImageItem, ImagePreparer, ImageSpec
 from embedmesh_encoder.model import ModelError, ModelSpec
-from embedmesh_encoder.settings import AudioSettings, ImageSettings, TextSettings
+from embedmesh_encoder.preparation import Preparer
+from embedmesh_encoder.settings import AudioSettings, EncoderSettings, ImageSettings, TextSettings
 from embedmesh_encoder.text import TextItem, TextPreparer
 
-__all__ = ["audio_preparer", "image_preparer", "text_preparer", "warm_audio", "warm_images", "warm_texts"]
+__all__ = [
+    "MODALITIES",
+    "Modality",
+    "audio_preparer",
+    "default_preparer",
+    "image_preparer",
+    "text_preparer",
+    "warm_audio",
+    "warm_images",
+    "warm_texts",
+]
 
 # What suits a backend; the figures are in services/README.md. A GPU's are of the design, not measured yet.
 _ROW_WIDTHS: Final[Mapping[str, int]] = {"cuda": 512, "tensorrt": 512}
@@ -97,6 +109,40 @@ def warm_audio(spec: ModelSpec, settings: AudioSettings) -> list[AudioItem]:
     del spec, settings
     wave = 0.1 * np.sin(np.arange(16_000, dtype=np.float32) * np.float32(2 * np.pi * 440 / 16_000))
     return [AudioItem(samples=wave.astype(np.float32), rate=16_000)]
+
+
+@dataclass(frozen=True, slots=True)
+class Modality:
+    """What is made for inputs of one modality.
+
+    Attributes:
+        settings: Of a node.
+        preparer: Makes the preparer of a model under such settings; raises ModelError.
+        warm: Gives inputs to warm the model up with.
+        item: Makes an input of a text, or of the bytes of a file.
+    """
+
+    settings: type[EncoderSettings]
+    preparer: Callable[[ModelSpec, Any], Preparer]
+    warm: Callable[[ModelSpec, Any], Sequence[Any]]
+    item: Callable[[Any], Any]
+
+    def defaults(self, spec: ModelSpec) -> EncoderSettings:
+        """Give the settings of a node that serves `spec` and was told nothing else."""
+        return self.settings.model_validate({"model": (spec.folder,)})
+
+
+MODALITIES: Final[Mapping[str, Modality]] = {
+    "text": Modality(TextSettings, text_preparer, warm_texts, TextItem),
+    "image": Modality(ImageSettings, image_preparer, warm_images, ImageItem),
+    "audio": Modality(AudioSettings, audio_preparer, warm_audio, AudioItem),
+}
+
+
+def default_preparer(spec: ModelSpec) -> Preparer:
+    """Make the preparer that a node uses which was told nothing else; raises ModelError."""
+    modality = MODALITIES[spec.modality]
+    return modality.preparer(spec, modality.defaults(spec))
 
 
 def _config(spec: ModelSpec, file: str) -> dict[str, Any]:

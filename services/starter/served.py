@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +12,8 @@ from numpy.typing import NDArray
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh_encoder.audio import AudioItem
 from embedmesh_encoder.backend import create_backend
-from embedmesh_encoder.image import ImageItem
-from embedmesh_encoder.modalities import audio_preparer, image_preparer
+from embedmesh_encoder.modalities import MODALITIES, default_preparer
 from embedmesh_encoder.model import ModelSpec, load_spec
-from embedmesh_encoder.preparation import Preparer
-from embedmesh_encoder.settings import AudioSettings, ImageSettings
 from starter.sounds import RATE
 
 __all__ = ["Tower"]
@@ -28,12 +26,7 @@ class Tower:
 
     def __init__(self, folder: Path) -> None:
         self.spec: ModelSpec = load_spec(folder)
-        settings = {"model": [folder]}
-        self._preparer: Preparer = (
-            image_preparer(self.spec, ImageSettings.model_validate(settings))
-            if self.spec.image
-            else audio_preparer(self.spec, AudioSettings.model_validate(settings))
-        )
+        self._preparer = default_preparer(self.spec)
         self._backend = create_backend(self.spec)
 
     def __call__(self, files: Sequence[bytes | Float32]) -> Float32:
@@ -45,7 +38,7 @@ class Tower:
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         return rows
 
-    def _item(self, file: bytes | Float32) -> ImageItem | AudioItem:
+    def _item(self, file: bytes | Float32) -> Any:
         if isinstance(file, bytes):
-            return ImageItem(file) if self.spec.image else AudioItem(file)
+            return MODALITIES[self.spec.modality].item(file)
         return AudioItem(samples=file, rate=RATE)

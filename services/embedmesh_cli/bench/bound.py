@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,23 +18,13 @@ from numpy.typing import NDArray
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh.vectors import l2_norms, normalized
 from embedmesh_cli.bench.measure import Latencies
-from embedmesh_encoder.audio import AudioItem
 from embedmesh_encoder.backend import Backend, BackendOptions, create_backend
-from embedmesh_encoder.image import ImageItem
-from embedmesh_encoder.modalities import audio_preparer, image_preparer, text_preparer
+from embedmesh_encoder.modalities import MODALITIES
 from embedmesh_encoder.model import ModelSpec, load_spec
-from embedmesh_encoder.preparation import Prepared, Preparer
-from embedmesh_encoder.settings import AudioSettings, EncoderSettings, ImageSettings, TextSettings
-from embedmesh_encoder.text import TextItem
+from embedmesh_encoder.preparation import Prepared
 from embedmesh_encoder.text.preparer import fill_rows
 
 __all__ = ["Bound", "Pass"]
-
-_KINDS: Final[dict[str, tuple[type[EncoderSettings], Callable[..., Preparer], Callable[[Any], Any]]]] = {
-    "text": (TextSettings, text_preparer, TextItem),
-    "image": (ImageSettings, image_preparer, ImageItem),
-    "audio": (AudioSettings, audio_preparer, lambda content: AudioItem(content=content)),
-}
 
 Batch = Sequence[Prepared]
 
@@ -82,12 +72,13 @@ class Bound:
     """Runs one model on prepared inputs. Its methods block: call them in a thread."""
 
     def __init__(self, folder: Path, modality: str, *, threads: int = 0) -> None:
-        kind, make, self._item = _KINDS[modality]
-        settings = kind.model_validate({"model": (folder,)})
+        kind = MODALITIES[modality]
+        self._item = kind.item
         self.spec: ModelSpec = load_spec(folder)
+        settings = kind.defaults(self.spec)
         self.budget = settings.batch_cost
         self._most_items = settings.batch_items
-        self._preparer = make(self.spec, settings)
+        self._preparer = kind.preparer(self.spec, settings)
         self._backend: Backend = create_backend(self.spec, BackendOptions(intra_op_threads=threads))
 
     def __enter__(self) -> Self:
