@@ -1,6 +1,8 @@
 """A real text encoder on the fake backend, in process, whose backend can be stopped at a gate."""
 
 import asyncio
+import ctypes
+import gc
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
@@ -100,6 +103,18 @@ class House:
         running = self.embed("running")
         await self.gate.entered(1)
         return running
+
+
+@pytest.fixture
+def kept_bytes() -> Callable[[], int]:
+    """What is resident when glibc has given back what it only holds, by other tests too."""
+
+    def kept() -> int:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        return int(psutil.Process().memory_info().rss)
+
+    return kept
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
 """Damaged and hostile files: each gives features or a precise error, in bounded time and memory."""
 
-import ctypes
-import gc
 import io
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
-import psutil
 import pytest
 import soundfile
 
@@ -92,27 +90,21 @@ def mutated(rng: random.Random, files: list[bytes]) -> bytes:
     return bytes(data)
 
 
-def _kept(process: psutil.Process) -> int:
-    """What is resident when glibc has given back what it only holds, by other tests too."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return int(process.memory_info().rss)
-
-
 @pytest.mark.timeout(600)
-def test_mutated_files_give_features_or_a_precise_error(capfd: pytest.CaptureFixture[str]) -> None:
+def test_mutated_files_give_features_or_a_precise_error(
+    capfd: pytest.CaptureFixture[str], kept_bytes: Callable[[], int]
+) -> None:
     preparer = AudioPreparer(
         LogMelSpec(), max_input_units=998, output="out", limits=AudioLimits(bytes=1 << 20, seconds=120)
     )
     rng = random.Random(SEED)
     files = seeds()
-    process = psutil.Process()
     outcomes: Counter[str] = Counter()
     slowest, rss = 0.0, 0
     truncations = (pb.TRUNCATION_END, pb.TRUNCATION_START, pb.TRUNCATION_REFUSE)
     for index in range(FILES):
         if index == FILES // 4:  # caches and arenas have their size by now
-            rss = _kept(process)
+            rss = kept_bytes()
         content = mutated(rng, files)
         started = time.perf_counter()
         try:
@@ -131,7 +123,7 @@ def test_mutated_files_give_features_or_a_precise_error(capfd: pytest.CaptureFix
             assert 1 <= len(features) == prepared.units <= 998
             outcomes["features"] += 1
         slowest = max(slowest, time.perf_counter() - started)
-    grown = _kept(process) - rss
+    grown = kept_bytes() - rss
     captured = capfd.readouterr()
     # Callbacks could only print what goes wrong in them; mpg123 prints notes to stderr, which cannot be turned off.
     assert "Traceback" not in captured.err
