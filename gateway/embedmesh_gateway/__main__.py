@@ -18,7 +18,7 @@ from embedmesh_gateway.settings import GatewaySettings
 from embedmesh_gateway.upstream import Upstream
 from embedmesh_server import logs
 from embedmesh_server.metrics import GatewayMetrics
-from embedmesh_server.node import BindError, Node
+from embedmesh_server.node import BindError, Node, stop_on_signal
 from embedmesh_server.settings import load
 
 __all__ = ["main", "running"]
@@ -90,8 +90,9 @@ async def running(settings: GatewaySettings, registry: CollectorRegistry) -> Asy
 
 
 async def _serve(settings: GatewaySettings) -> None:
+    stop = stop_on_signal()
     async with running(settings, CollectorRegistry()) as node:
-        await node.run()
+        await node.run(stop)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -45,7 +45,7 @@ from embedmesh_encoder.service import (
 from embedmesh_encoder.settings import EncoderSettings
 from embedmesh_server import logs
 from embedmesh_server.metrics import EncoderMetrics
-from embedmesh_server.node import BindError, Node
+from embedmesh_server.node import BindError, Node, stop_on_signal
 from embedmesh_server.settings import load
 
 _log = logging.getLogger("embedmesh_encoder")
@@ -178,6 +178,7 @@ def _read_specs(settings: EncoderSettings, modality: str) -> list[Choice]:
 
 async def _serve(settings: EncoderSettings, models: Models, modality: str) -> tuple[int, bool]:
     """Serve until a signal; gives the exit status, and whether a backend hangs."""
+    stop = stop_on_signal()
     kind = _MODALITIES[modality]
     registry = CollectorRegistry()
     metrics = EncoderMetrics(registry)
@@ -199,7 +200,7 @@ async def _serve(settings: EncoderSettings, models: Models, modality: str) -> tu
         return _FAILED, False
     # Probes are answered from here on, with NOT_SERVING until the models are warm.
     node.set_ready(CATALOG_SERVICE, True)
-    running = asyncio.create_task(node.run())
+    running = asyncio.create_task(node.run(stop))
     loading = asyncio.create_task(_load_all(settings, models, metrics, kind))
     await asyncio.wait((running, loading), return_when=asyncio.FIRST_COMPLETED)
     status = 0

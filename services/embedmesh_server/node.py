@@ -26,7 +26,7 @@ from embedmesh_server.interceptor import Boundary
 from embedmesh_server.metrics import ServerMetrics
 from embedmesh_server.settings import NodeSettings
 
-__all__ = ["BindError", "Node"]
+__all__ = ["BindError", "Node", "stop_on_signal"]
 
 _log = logging.getLogger(__name__)
 
@@ -40,11 +40,30 @@ class BindError(OSError):
     """A port cannot be had; the text says which and what to do."""
 
 
+def stop_on_signal() -> asyncio.Event:
+    """Give an event of the running loop that SIGTERM and SIGINT set; a second signal ends the process at once.
+
+    To be called before a node starts, whose log line and ports tell others that they may send a signal.
+    """
+    stop = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            _log.warning("second signal, quitting at once")
+            os._exit(128 + number)
+        _log.info("draining", extra={"signal": signal.Signals(number).name})
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    return stop
+
+
 class Node:
     """One serving process.
 
     Add servicers to `server`, then `start()`; health is NOT_SERVING until `set_ready` was
-    called for every service named in `services`. `run()` waits for SIGTERM or SIGINT and drains.
+    called for every service named in `services`. `run()` serves until an event, see `stop_on_signal`.
     """
 
     def __init__(
@@ -137,20 +156,8 @@ class Node:
         partial.write_text(json.dumps(content), encoding="utf-8")
         partial.replace(path)
 
-    async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then drain. A second signal ends the process at once."""
-        loop = asyncio.get_running_loop()
-        stop = asyncio.Event()
-
-        def on_signal(number: int) -> None:
-            if stop.is_set():
-                _log.warning("second signal, quitting at once")
-                os._exit(128 + number)
-            _log.info("draining", extra={"signal": signal.Signals(number).name})
-            stop.set()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal, number)
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set, then drain."""
         await stop.wait()
         await self.stop()
 

@@ -136,7 +136,7 @@ PROGRAM = """
 import asyncio, sys
 from pathlib import Path
 from embedmesh.v1 import text_pb2, text_pb2_grpc
-from embedmesh_server.node import Node
+from embedmesh_server.node import Node, stop_on_signal
 from embedmesh_server.settings import NodeSettings
 from prometheus_client import CollectorRegistry
 
@@ -147,12 +147,13 @@ class Slow(text_pb2_grpc.TextEncoderServicer):
         return text_pb2.EmbedTextResponse()
 
 async def main():
+    stop = stop_on_signal()
     settings = NodeSettings(ready_file=Path(sys.argv[1]), drain_seconds=30)
     node = Node(settings, role="test", registry=CollectorRegistry(), services=["embedmesh.v1.TextEncoder"])
     text_pb2_grpc.add_TextEncoderServicer_to_server(Slow(), node.server)
     await node.start()
     node.set_ready("embedmesh.v1.TextEncoder", True)
-    await node.run()
+    await node.run(stop)
 
 asyncio.run(main())
 """
