@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 from google.protobuf.message import Message
@@ -56,7 +57,17 @@ def _prefix(model: pb.ModelRef, modality: str, truncation: pb.Truncation.ValueTy
 
 def _key(prefix: Any, item: Any) -> bytes:
     if isinstance(item, text_pb2.TextInput):
-        parts = _joined(b"%d" % item.role, item.instruction.encode(), item.text.encode())
+        # Written out, because it is done for every text that the cache answers.
+        instruction, text = item.instruction.encode(), item.text.encode()
+        parts = b"".join(
+            (
+                _joined_role(item.role),
+                len(instruction).to_bytes(8, "little"),
+                instruction,
+                len(text).to_bytes(8, "little"),
+                text,
+            )
+        )
     elif isinstance(item, audio_pb2.AudioInput) and item.WhichOneof("source") == "pcm":
         samples = item.pcm.samples
         shape = ",".join(map(str, samples.shape))
@@ -67,6 +78,11 @@ def _key(prefix: Any, item: Any) -> bytes:
     digest = prefix.copy()
     digest.update(parts)
     return b"em1:" + bytes(digest.digest())
+
+
+@lru_cache(16)  # any number may stand in a request
+def _joined_role(role: int) -> bytes:
+    return _joined(b"%d" % role)
 
 
 def _joined(*parts: bytes) -> bytes:

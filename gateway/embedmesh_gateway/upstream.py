@@ -7,8 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, NamedTuple, Protocol, Self
 
 import grpc
 from google.protobuf.message import Message
@@ -64,8 +63,7 @@ _SERVICE_CONFIG: Final = json.dumps(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What is known of one input: a full-width vector, or an error of this input alone.
 
     Shared between requests and repeated inputs, so never changed once made.
@@ -257,13 +255,14 @@ class Upstream:
         return answers
 
 
-def is_vector(tensor: pb.Tensor) -> bool:
-    """Whether the tensor is one well-formed float32 vector, as encoders are asked for."""
+def is_vector(tensor: pb.Tensor, dimensions: int = 0) -> bool:
+    """Whether the tensor is one well-formed float32 vector, as encoders are asked for, of any width unless given."""
+    shape = tensor.shape
     return (
-        tensor.dtype == pb.DTYPE_FLOAT32
-        and len(tensor.shape) == 1
-        and tensor.shape[0] > 0
-        and len(tensor.data) == 4 * tensor.shape[0]
+        len(shape) == 1
+        and len(tensor.data) == 4 * shape[0] > 0
+        and tensor.dtype == pb.DTYPE_FLOAT32
+        and (not dimensions or shape[0] == dimensions)
     )
 
 

@@ -225,7 +225,7 @@ class Encoder:
     ) -> list[Encoded | EmbedMeshError]:
         loop = asyncio.get_running_loop()
         # Decoding pictures that are then refused would make an overload worse.
-        self._batcher.require_room(len(items), len(items), priority)
+        self._batcher.require_room(len(items), priority)
         started = time.perf_counter()
         prepared = await self._prepare(items, truncation, deadline)
         self._prepare_seconds.observe(time.perf_counter() - started)
@@ -268,8 +268,10 @@ class Encoder:
             while length_hint(waiting):
                 await turn()
 
-        # A few texts are done in one turn; what takes longer is worth more threads.
-        if items:
+        if self._preparer.is_quick(items):
+            self._prepare_slice(items, waiting, outcomes, truncation)
+        elif items:
+            # A few texts are done in one turn; what takes longer is worth more threads.
             await turn()
         await asyncio.gather(*(turns() for _ in range(min(self._prepare_threads, length_hint(waiting)))))
         return [outcomes[place] for place in range(len(items))]

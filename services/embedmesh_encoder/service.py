@@ -279,7 +279,7 @@ class ModelCatalogServicer(catalog_pb2_grpc.ModelCatalogServicer):
 
 def _known(enum: Any, value: int, field: str) -> None:
     """Refuse a number that this version of the contract does not name."""
-    if value not in enum.values():
+    if value not in enum.DESCRIPTOR.values_by_number:
         raise InvalidRequest(f"{field} {value} is unknown to this node", field=field)
 
 

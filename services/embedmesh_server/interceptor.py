@@ -146,6 +146,11 @@ class _Call:
         self._metrics.in_flight.labels(self._service, self._method).dec()
         self._metrics.requests.labels(self._service, self._method, code.name).inc()
         self._metrics.request_seconds.labels(self._service, self._method).observe(seconds)
+        # A node that refuses most of what comes must not be busy with saying so; the metrics count it.
+        quiet = code in (grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        level = logging.ERROR if code is grpc.StatusCode.INTERNAL else logging.DEBUG if quiet else logging.INFO
+        if not _log.isEnabledFor(level):
+            return
         extra: dict[str, Any] = {
             "request_id": self._id,
             "method": f"{self._service}/{self._method}",
@@ -155,5 +160,4 @@ class _Call:
         }
         if error is not None:
             extra |= {"reason": error.reason, "detail": error.message}
-        level = logging.DEBUG if code is grpc.StatusCode.OK else logging.INFO
-        _log.log(logging.ERROR if code is grpc.StatusCode.INTERNAL else level, "call", extra=extra)
+        _log.log(level, "call", extra=extra)

@@ -107,11 +107,18 @@ def test_groups_do_not_mix(waiting: str, policy: dict[str, Any], batch: list[int
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_interactive_goes_before_bulk_that_fills_up(padded: bool) -> None:
-    queue = queue_of(entry(4, BULK, 0.0), entry(5, INTERACTIVE, 1.0), entry(6, INTERACTIVE, 2.0))
-    taken = take_batch(queue, BatchPolicy(max_cost=20, padded=padded), 2.0)
-    assert costs(taken) == ([5, 6, 4])
-    queue = queue_of(entry(4, BULK, 0.0), entry(4, INTERACTIVE, 1.0), entry(6, INTERACTIVE, 2.0))
-    assert costs(take_batch(queue, BatchPolicy(max_cost=12, padded=padded), 2.0)) == [4, 6]
+    # To a quarter: who waits for one text is not to wait for a whole batch of bulk work.
+    room = 18 if padded else 15
+    for max_cost, batch in ((4 * room, [5, 6, 4]), (4 * room - 1, [5, 6])):
+        queue = queue_of(entry(4, BULK, 0.0), entry(5, INTERACTIVE, 1.0), entry(6, INTERACTIVE, 2.0))
+        assert costs(take_batch(queue, BatchPolicy(max_cost=max_cost, padded=padded), 2.0)) == batch
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_bulk_that_leads_fills_up_with_whatever_waits(padded: bool) -> None:
+    queue = queue_of(entry(4, BULK, 0.0), entry(4, BULK, 0.0), entry(4, INTERACTIVE, 9.0))
+    queue.bulk_waived = 3  # it is its turn
+    assert costs(take_batch(queue, BatchPolicy(max_cost=12, padded=padded, aging_seconds=0.0), 9.0)) == [4, 4, 4]
 
 
 def test_aged_bulk_leads_every_fourth_batch() -> None:
@@ -227,6 +234,8 @@ def test_properties(
         assert len(sizes) <= policy.max_items
         total = max(sizes) * len(sizes) if policy.padded else sum(sizes)
         assert total <= policy.max_cost or len(sizes) == 1
+        if lead.priority is INTERACTIVE and any(each.priority is BULK for each in taken.batch):
+            assert total <= policy.max_cost / 4
         if policy.padded:
             assert max(sizes) <= 2 * min(sizes)
         # Order is kept within equals: whoever rides, no older one of same priority, group and cost stays.
@@ -655,7 +664,7 @@ async def test_close_fails_what_is_left_when_its_time_is_up(
     assert sample(registry, "queue_inputs", priority="interactive") == 0
     assert sample(registry, "dropped_inputs_total", reason="cancelled") == 1
     model.gate.set()
-    assert await batcher.close() is True  # nothing is left to wait for
+    assert await batcher.close(10)  # the thread came back
 
 
 async def test_many_callers_that_come_and_go(make: Make, model: Model, registry: CollectorRegistry) -> None:

@@ -36,6 +36,7 @@ class Wrapped:
         self._preparer, self._prepare = preparer, prepare
         self.limits, self.padded = preparer.limits, preparer.padded
         self.collate, self.split = preparer.collate, preparer.split
+        self.is_quick = lambda items: False
 
     def prepare(self, item: Any, truncation: Any) -> Any:
         self._prepare(item)

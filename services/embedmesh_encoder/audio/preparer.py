@@ -124,6 +124,11 @@ class AudioPreparer:
         self._most_units = (max_input_units - spec.overlap_units) // self._stride * self._stride + spec.overlap_units
         self._most_samples = spec.samples(self._most_units)
 
+    def is_quick(self, items: Sequence[Any]) -> bool:
+        """A sound is always worth a thread."""
+        del items
+        return False
+
     def prepare(self, item: AudioItem, truncation: pb.Truncation.ValueType) -> Prepared:
         """Turn one sound into features.
 

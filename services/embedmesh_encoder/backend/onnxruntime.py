@@ -206,8 +206,11 @@ def _session_options(intra_op_threads: int) -> ort.SessionOptions:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _ERROR_LEVEL
-    # Idle workers that spin would take the core from the event loop.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Workers spin between the operators of a run and not between runs, when they would take the core from the
+    # event loop. MiniLM on two cores, against not at all: one text 5.4 instead of 6.6 ms, 3 % more a second in full
+    # batches, no more CPU.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     # Memory patterns are kept for every shape ever seen, and an arena never shrinks from the largest
     # batch ever seen; without both a loaded MiniLM keeps at 165 instead of 205 MiB, as fast.
     options.enable_mem_pattern = False

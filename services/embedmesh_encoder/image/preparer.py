@@ -78,6 +78,11 @@ class ImagePreparer:
         self._extra_tokens = extra_tokens
         self._max_units = max_input_units
 
+    def is_quick(self, items: Sequence[Any]) -> bool:
+        """A picture is always worth a thread."""
+        del items
+        return False
+
     def prepare(self, item: ImageItem, truncation: pb.Truncation.ValueType) -> Prepared:
         """Decode and process one image.
 
