@@ -2,9 +2,12 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,7 @@ def graph(
     pooled: bool = False,
     data: str = "",
     extra: Sequence[Any] = (),
+    opset: int = 20,
 ) -> Files:
     """A graph that looks each token up; `pooled` gives the mean, `data` names the file its weights lie in."""
     ids = next((name for name in inputs if name == "input_ids"), inputs[0])
@@ -81,7 +85,7 @@ def graph(
             [helper.make_tensor_value_info(output, TensorProto.FLOAT, shape)],
             weights,
         ),
-        opset_imports=[helper.make_opsetid("", 20)],
+        opset_imports=[helper.make_opsetid("", opset)],
         ir_version=10,
     )
     files: Files = {}
@@ -435,7 +439,12 @@ REFUSED: list[tuple[str, Callable[[], Files], str]] = [
             sentence_transformer()
             | {"onnx/model.onnx": graph(("input_ids", "attention_mask", "past_key_values.0.key"))["model.onnx"]}
         ),
-        "past_key_values.0.key",
+        "wants inputs that the encoder does not make (past_key_values.0.key): export it for feature extraction",
+    ),
+    (
+        "another opset",
+        lambda: sentence_transformer() | {"onnx/model.onnx": graph(opset=99)["model.onnx"]},
+        "cannot load ",
     ),
     (
         "code of its own",
@@ -635,6 +644,7 @@ def test_only_what_is_needed_is_fetched_and_the_commit_is_kept(
     spec = load_spec(home / "org--tiny-text")
     assert spec.name == ID
     assert spec.source == f"{hub.endpoint}/{ID}/tree/{repository.commit}"
+    assert done.err == ""  # no progress bars but on a terminal
     assert set(hub.downloads()) == {
         "README.md", "config.json", "modules.json", "tokenizer_config.json", "sentence_bert_config.json",
         "1_Pooling/config.json", "tokenizer.json", "onnx/model.onnx",
@@ -792,6 +802,28 @@ def test_the_environment_variables_of_the_hub_count(hub: Any, hub_repository: An
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert hub.requests == []
+
+
+def test_a_terminal_shows_progress(hub: Any, hub_repository: Any, tmp_path: Path) -> None:
+    files = sentence_transformer()
+    files["onnx/model.onnx"] += padding(12_000_000)
+    hub.repositories[ID] = hub_repository(files)
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (40, 120))
+    command = [sys.executable, "-m", "embedmesh_cli", "models", "pull", ID, "--endpoint", hub.endpoint]
+    with subprocess.Popen(
+        [*command, "--cache-dir", str(tmp_path / "hub"), "--output", str(tmp_path / "out")],
+        stdout=subprocess.DEVNULL,
+        stderr=end,
+    ) as process:
+        os.close(end)
+        shown = b""
+        with suppress(OSError), os.fdopen(terminal, "rb", buffering=0) as stream:  # it ends with an error
+            while part := stream.read(4096):
+                shown += part
+        assert process.wait(timeout=60) == 0, shown
+    assert b"12.0MB" in shown
+    assert shown.count(b"Fetching 1 files:   0%") == 1  # the large file's; none of the many small ones
 
 
 def test_prompts_and_roles(cli: Any, folder: Any, home: Path) -> None:

@@ -100,7 +100,7 @@ def pull(
             repository, wishes, name=name or repository.name, output=output, replace=replace, console=console
         )
     except ModelError as error:
-        raise UserError(f"{error}.") from None
+        raise UserError(f"{str(error).strip().rstrip('.')}.") from None  # onnxruntime ends its lines
     except OSError as error:
         raise UserError(f"{error.filename or source}: {error.strerror or error}.") from None
     options = " ".join(f"--{spec.modality}-model {spec.folder}" for spec in specs)

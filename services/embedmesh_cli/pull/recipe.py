@@ -59,9 +59,11 @@ _LATE_POSITIONS: Final = frozenset(
 )
 _TOWER_FILES: Final = ("text_model.onnx", "vision_model.onnx", "audio_model.onnx")
 _FOLDERS: Final = ("onnx/", "")
-_TEXT_INPUTS: Final = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
 _PIXELS: Final = "pixel_values"
 _SOUNDS: Final = ("input_features", "input_values")
+_INPUTS: Final = frozenset(
+    {"input_ids", "attention_mask", "token_type_ids", "position_ids", _PIXELS, *_SOUNDS, "is_longer"}
+)
 # Outputs with a vector a token, and with one an input, the best first.
 _TOKENS: Final = ("last_hidden_state", "token_embeddings")
 _TOWER_OUTPUTS: Final = ("text_embeds", "image_embeds", "audio_embeds", "pooler_output")
@@ -281,8 +283,13 @@ def _layer(repository: Repository, kind: str, path: str) -> dict[str, Any]:
 
 
 def _checked(repository: Repository, file: str, wishes: Wishes) -> Graph:
-    """Read a graph; one that is quantised must have been asked for."""
+    """Read a graph that the encoder can feed; one that is quantised must have been asked for."""
     graph = read_graph(repository, file)
+    if unknown := [name for name in graph.inputs if name not in _INPUTS]:
+        raise UserError(
+            f"{file} of {repository.name} wants inputs that the encoder does not make ({', '.join(unknown[:3])}"
+            f"{', ...' if len(unknown) > 3 else ''}): export it for feature extraction, without a cache."
+        )
     if graph.precision == "int8" and not wishes.file:
         raise UserError(
             f"{file} of {repository.name} is quantised to int8, and there is no other: take it all the same with "

@@ -6,7 +6,9 @@ import glob
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -19,6 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.tqdm import tqdm
 
 from embedmesh_cli.console import FAILED, UNREACHABLE, USAGE, UserError
 
@@ -28,6 +31,10 @@ __all__ = ["Folder", "Hub", "Repository", "read_json"]
 _DESCRIPTIONS: Final = ("README.md", "config.json", "modules.json", "preprocessor_config.json", "tokenizer_config.json")
 # Of the lists of files that the cache keeps.
 _LISTING: Final = 1
+# Of a download that takes long enough to be watched.
+_LARGE: Final = 10_000_000
+# Many small files would show as many bars.
+_NO_BAR: Final[Any] = partial(tqdm, disable=True)
 # What may hold code, or pickles, which are code: not even fetched.
 _NEVER: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".py", ".so", ".h5"})
 
@@ -110,7 +117,7 @@ class Hub:
         self._offline = offline or constants.is_offline_mode()
         self._verified: set[str] = set()
         self.commit = revision or constants.DEFAULT_REVISION
-        self.commit = self._download(_DESCRIPTIONS).name
+        self.commit = self._download(_DESCRIPTIONS, bars=False).name
         self._listed = self._list()
         self.files = frozenset(self._listed)
         self.source = f"{self._endpoint}/{name}/tree/{self.commit}"
@@ -122,7 +129,8 @@ class Hub:
         _refuse_missing(f"{self.name}@{self.commit[:12]}", names, self.files)
         if self._verified.issuperset(names):
             return self._snapshot
-        folder = self._download([glob.escape(name) for name in names])
+        large = any(self._listed[name]["size"] >= _LARGE for name in names)
+        folder = self._download([glob.escape(name) for name in names], bars=large and sys.stderr.isatty())
         self._verify(names)
         return folder
 
@@ -150,7 +158,7 @@ class Hub:
             "with a connection and huggingface_hub 2.4, or into an empty --cache-dir."
         )
 
-    def _download(self, patterns: Collection[str]) -> Path:
+    def _download(self, patterns: Collection[str], *, bars: bool) -> Path:
         where = f"{self.name}@{self._asked}" if self._asked else self.name
         try:
             return Path(
@@ -162,6 +170,7 @@ class Hub:
                     cache_dir=self._cache,
                     local_files_only=self._offline,
                     library_name="embedmesh",
+                    tqdm_class=None if bars else _NO_BAR,
                 )
             )
         except HFValidationError:

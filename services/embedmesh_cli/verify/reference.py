@@ -60,8 +60,14 @@ class Reference:
         Args:
             items: Texts, or the bytes of files.
             role: One of `roles`.
+
+        Raises:
+            UserError: The library failed.
         """
-        return self._embed(items, role).astype(np.float32)
+        try:
+            return self._embed(items, role).astype(np.float32)
+        except Exception as error:  # noqa: BLE001  (whatever it raises, it is no comparison)
+            raise UserError(f"the reference {self.name} failed: {type(error).__name__}: {error}.") from None
 
 
 def load_reference(spec: ModelSpec, wanted: str | None) -> Reference:
@@ -93,7 +99,9 @@ def load_reference(spec: ModelSpec, wanted: str | None) -> Reference:
         if spec.modality == "text" and not spec.graph.output.endswith(("_embeds", "pooler_output")):
             return _sentences(spec, where, revision, name)
         return _features(spec, where, revision, name)
-    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001  (a repository may be wrong in many ways)
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"the reference {where} cannot be loaded ({line}): it must hold its weights as safetensors; name another "
