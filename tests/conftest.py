@@ -208,7 +208,7 @@ class LoopbackHub:
             return self._refuse(request, 404, "RepoNotFound")
         if repository.refusal and not allowed:
             return self._refuse(request, *repository.refusal)
-        kind, revision = parts[2], parts[3]
+        kind, revision = parts[2:4] if len(parts) > 3 else ("revision", "main")
         if revision not in (*repository.revisions, repository.commit):
             return self._refuse(request, 404, "RevisionNotFound")
         if kind == "revision":

@@ -702,7 +702,7 @@ def test_a_file_of_another_hash_is_refused_and_removed(
     repository = hub.repositories[ID] = hub_repository(sentence_transformer(), listed={name: wrong})
     done = pull()
     assert done.status == 1
-    assert f"{name} of {ID}@{repository.commit[:12]} has the hash " in done.err
+    assert done.err.startswith(f"embedmesh: {name} of {ID}@{repository.commit[:12]} has the hash ")
     assert f"the Hub says {wrong}: it is not used and was removed from the cache" in done.err
     assert not home.exists() or list(home.iterdir()) == []
     blobs = [path for path in (tmp_path / "hub").rglob("*") if path.is_file() and "blobs" in path.parts]

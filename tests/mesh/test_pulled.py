@@ -9,6 +9,8 @@ and exported to ONNX here.
 import asyncio
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -446,6 +448,43 @@ def test_verify_catches_what_is_configured_wrongly(
     assert problem in out
 
 
+def test_a_repository_that_does_not_say_how_it_pools(
+    minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EMBEDMESH_CACHE_DIR", str(tmp_path / "cache"))
+    save(FAMILIES["bert-max"], minilm, tmp_path / "plain")
+    (tmp_path / "plain" / "modules.json").unlink()
+    words = ("--pooling", "cls", "--pooling", "mean", "--normalize")
+    assert run(monkeypatch, "models", "pull", tmp_path / "plain", *words) == 0, capfd.readouterr()
+    assert run(monkeypatch, "models", "verify", "plain") == 0, capfd.readouterr()
+
+
+def test_the_original_is_found_where_the_model_came_from(
+    hub: Any, hub_repository: Any, minilm: Path, tmp_path: Path
+) -> None:
+    """In processes of their own, because the library reads its environment variables once."""
+    save(FAMILIES["bert-joined-dense-normalize"], minilm, tmp_path / "small")
+    hub.repositories["small/one"] = hub_repository(content(tmp_path / "small"))
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_DISABLE_XET": "1",
+        "EMBEDMESH_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    for words in (("pull", "small/one"), ("verify", "small/one")):
+        done = subprocess.run(
+            [sys.executable, "-m", "embedmesh_cli", "models", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert f"reference  small/one@{hub.repositories['small/one'].commit} by sentence-transformers" in done.stdout
+    assert "model.safetensors" in hub.downloads()
+
+
 def test_a_reference_that_cannot_be_had(
     minilm: Path,
     starter_model: Path,
@@ -454,6 +493,10 @@ def test_a_reference_that_cannot_be_had(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty").mkdir()
-    assert run(monkeypatch, "models", "verify", starter_model, "--reference", tmp_path / "empty") == 1
+    words = ("models", "verify", starter_model, "--reference", tmp_path / "empty")
+    assert run(monkeypatch, *words) == 2
+    assert "does not say how it pools" in capfd.readouterr().err
+    (tmp_path / "empty" / "modules.json").write_bytes((minilm / "modules.json").read_bytes())
+    assert run(monkeypatch, *words) == 1
     assert "cannot be loaded" in capfd.readouterr().err
     assert run(monkeypatch, "models", "verify", starter_model, "--reference", minilm) == 0, capfd.readouterr()

@@ -407,6 +407,7 @@ def _config(repository: Repository, prefix: str) -> dict[str, Any]:
 
 
 def _model_type(repository: Repository) -> str:
+    """Give the architecture, that of a single tower by the name of the whole."""
     kind = str(read_json(repository, "config.json").get("model_type", ""))
     return "siglip" if kind.startswith("siglip") else kind.removesuffix("_model").split("_vision")[0].split("_text")[0]
 
@@ -419,8 +420,9 @@ def _text(repository: Repository, prefix: str, wishes: Wishes) -> tuple[dict[str
             f"{repository.name} has no tokenizer.json: make one with `AutoTokenizer.from_pretrained(ID)"
             ".save_pretrained(FOLDER)` of transformers, beside its other files, and pull the folder."
         )
+    path = repository.fetch([file]) / file
     try:
-        content = (repository.fetch([file]) / file).read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8")
         tokenizer = Tokenizer.from_str(content)
     except Exception as error:  # noqa: BLE001  (it is what the library raises)
         raise UserError(f"{file} of {repository.name} is not a tokenizer: {error}.") from None
@@ -488,10 +490,9 @@ def _longest(repository: Repository, prefix: str, settings: Mapping[str, Any], w
     if text is not None and positions is None:  # transformers leaves its defaults out
         positions = {"clip": 77, "siglip": 64}.get(_model_type(repository))
     if isinstance(positions, int) and (text or config).get("model_type") in _LATE_POSITIONS:
-        positions -= pad_id + 1
-    limits = [settings.get("max_seq_length") or read_json(repository, f"{prefix}tokenizer_config.json").get(
-        "model_max_length"
-    ), positions]  # fmt: skip
+        positions -= (text or config).get("pad_token_id", pad_id) + 1
+    tokenizer = read_json(repository, f"{prefix}tokenizer_config.json")
+    limits = (settings.get("max_seq_length") or tokenizer.get("model_max_length"), positions)
     known = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < _ENDLESS]
     if wishes.max_units:
         if known and wishes.max_units > min(known):

@@ -138,6 +138,12 @@ def _sentences(spec: ModelSpec, where: str, revision: str | None, name: str) -> 
     else:
         from sentence_transformers import models  # noqa: PLC0415
 
+        if spec.graph.pooling == "graph":
+            raise UserError(
+                f"{where} does not say how it pools (it has no modules.json), and {spec.name} leaves it to its "
+                "graph: name the original with --reference.",
+                USAGE,
+            )
         ways = [spec.graph.pooling] if isinstance(spec.graph.pooling, str) else spec.graph.pooling
         transformer = models.Transformer(where, model_kwargs={**safe, "revision": revision})
         modes = tuple(_POOLING.get(way, way) for way in ways)
