@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,14 +16,19 @@ from rich.table import Table
 
 from embedmesh.client import Client
 from embedmesh.errors import EmbedMeshError
-from embedmesh_cli.console import explain
+from embedmesh.v1 import embedding_pb2 as pb
+from embedmesh_cli.console import USAGE, UserError, explain
+from embedmesh_cli.home import find_model, model_folders, models_home
+from embedmesh_cli.pull import pull
 from embedmesh_cli.quantize import quantize
-from embedmesh_cli.starter import TOWERS, StarterError, cache_folder, starter_tower
-from embedmesh_encoder.model import ModelError, find_models
+from embedmesh_cli.verify import verify
+from embedmesh_encoder.model import ModelError, ModelSpec, find_models
 
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.command("pull")(pull)
+app.command("verify")(verify)
 app.command("quantize")(quantize)
 
 
@@ -64,7 +70,7 @@ def list_models(
     The revision changes with everything that changes a vector. Vectors may be compared if and only if
     their space is equal.
     """
-    folders = [folder] if folder else [cache_folder() / "models", *_towers()]
+    folders = [folder] if folder else model_folders()
     rows = _served(address) if address else _local(folders)
     if as_json:
         for row in rows:
@@ -86,13 +92,83 @@ def list_models(
     console.print(table)
 
 
-def _towers() -> list[Path]:
-    """The starter models that came with this package, where they are at hand."""
-    found = []
-    for modality in TOWERS:
-        with suppress(StarterError):
-            found.append(starter_tower(modality))
-    return found
+@app.command("show")
+def show_model(
+    model: Annotated[str, typer.Argument(metavar="NAME|FOLDER", help="Name of a model at hand, or its folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The manifest as one JSON object.")] = False,
+) -> None:
+    """Show what a model is, reads and gives."""
+    spec = find_model(model)
+    if as_json:
+        kinds = [pb.EmbeddingKind.Name(kind).removeprefix("EMBEDDING_KIND_").lower() for kind in spec.kinds]
+        table = spec.model_dump(mode="json", exclude={"files", "kinds"})
+        table |= {"kinds": kinds, "files": dict(spec.files), "revision": spec.revision}
+        sys.stdout.write(json.dumps(table) + "\n")
+        return
+    for title, text in _description(spec):
+        sys.stdout.write(f"{title:12}{text}\n")
+
+
+@app.command("remove")
+def remove_model(
+    model: Annotated[str, typer.Argument(metavar="NAME|FOLDER", help="Name of a pulled model, or its folder.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove a model from the folder of models; what lies elsewhere is never touched."""
+    home = models_home()
+    spec = find_model(model)
+    # Not resolved: a link in the folder of models is removed, not what it leads to.
+    folder = next((each for each in find_models([home]) if each.samefile(spec.folder) and each != home), None)
+    if folder is None:
+        raise UserError(f"{spec.folder} is not in {home}: remove it yourself, if nobody serves it.", USAGE)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError(f"say --yes to remove {folder} without being asked.", USAGE)
+        typer.confirm(f"Remove {spec.name}@{spec.revision} in {folder}?", abort=True)
+    try:
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            # Out of sight first, so that nobody finds half a model.
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=home) as temporary:
+                folder.rename(Path(temporary) / folder.name)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}.") from None
+    sys.stdout.write(f"Removed {folder}\n")
+
+
+def _description(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    """Give what people want to know of a model, line by line."""
+    graph = spec.graph
+    yield "name", spec.name
+    yield "revision", spec.revision
+    yield "space", f"{spec.space} (vectors may be compared only within it)"
+    if spec.family != spec.name:
+        yield "family", spec.family
+    widths = ", ".join(map(str, spec.truncatable_dimensions))
+    shorter = f"; may be cut to {widths}" if widths else ""
+    yield "gives", f"{spec.dimensions} numbers{', normalised' if spec.normalized else ', not normalised'}{shorter}"
+    units = {"text": "tokens", "image": "patches", "audio": "frames"}[spec.modality]
+    yield "reads", f"{spec.modality}, up to {spec.max_input_units} {units}"
+    if spec.text:
+        for role, prompt in spec.text.prompts.model_dump().items():
+            if prompt:
+                yield "", f"before texts {'without a role' if role == 'default' else f'of role {role}'}: {prompt!r}"
+    ways = graph.pooling if isinstance(graph.pooling, str) else " and ".join(graph.pooling)
+    pooled = "pooled by the graph" if ways == "graph" else f"pooled here: {ways}"
+    yield "graph", f"{graph.file or 'none'} ({graph.layout}; {', '.join(graph.inputs)} -> {graph.output}; {pooled})"
+    for layer in spec.head.layers if spec.head else ():
+        kind = layer.kind.replace("_", " ") + (f", {layer.activation}" if layer.activation != "none" else "")
+        yield "", f"then {kind}: {layer.inputs} -> {layer.outputs} ({layer.file})"
+    yield "runs", f"{spec.backend}, {spec.precision}, unless a node is told otherwise"
+    if spec.variant:
+        yield "made from", f"{spec.variant.of} (least cosine of {spec.variant.samples}: {spec.variant.cosine_min})"
+    yield "licence", spec.license
+    yield "source", spec.source
+    size = sum(spec.path(file).stat().st_size for file in spec.files)
+    yield "files", f"{len(spec.files)}, {size / 1e6:.1f} MB in {spec.folder}"
+    for file, digest in spec.files.items():
+        yield "", f"{digest[:12]}  {file}"
 
 
 def _local(folders: list[Path]) -> list[_Row]:

@@ -12,30 +12,24 @@ import tempfile
 import time
 import tomllib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
 
-from embedmesh.errors import EmbedMeshError
-from embedmesh.v1 import embedding_pb2 as pb
-from embedmesh.vectors import l2_norms, normalized
 from embedmesh_cli.console import FAILED, USAGE, UserError
-from embedmesh_encoder.backend import Backend, create_backend
+from embedmesh_cli.local import LocalModel, read_samples
 from embedmesh_encoder.model import MANIFEST, ModelError, ModelSpec, load_spec, verify_files, write_manifest
-from embedmesh_encoder.preparation import Prepared, Preparer
 
 __all__ = ["quantize"]
 
 # What full precision promises: with it, vectors of both models may be compared as one space.
 _EQUAL: Final = 0.9999
 _LARGEST: Final = 2**31 - 1
-_DEMO_SAMPLES: Final = Path(__file__).parent / "demo" / "wordnet.tsv"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +95,7 @@ def quantize(
                 f"{spec.name} is made for {spec.backend} in {spec.precision}: quantize the original.", USAGE
             )
         verify_files(spec)
-        items = _samples(spec, samples)
+        items = read_samples(spec, samples)
         # Beside the target, so that the rename at the end stays on one disk.
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
             made = Path(temporary) / target.name
@@ -142,28 +136,6 @@ def _report(console: Console, spec: ModelSpec, variant: ModelSpec, likeness: Lik
         ),
         markup=False,
     )
-
-
-def _samples(spec: ModelSpec, path: Path | None) -> list[Any]:
-    """Read what to embed."""
-    from embedmesh_encoder.modalities import MODALITIES  # noqa: PLC0415  (only this command of them all needs it)
-
-    make = MODALITIES[spec.modality].item
-    if spec.modality == "text":
-        if path is None:
-            lines = [
-                line.split("\t")[1] for line in _DEMO_SAMPLES.read_text(encoding="utf-8").splitlines() if "\t" in line
-            ]
-        else:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        found = [make(line) for line in lines if line.strip()]
-    elif path is None:
-        raise UserError(f"{spec.name} is for {spec.modality}: name a folder of files with --samples.", USAGE)
-    else:
-        found = [make(file.read_bytes()) for file in sorted(path.iterdir()) if file.is_file()]
-    if not found:
-        raise UserError(f"{path} holds nothing to measure with.", USAGE)
-    return found
 
 
 def _convert(spec: ModelSpec, precision: str, folder: Path) -> None:
@@ -257,27 +229,23 @@ def _write(
 
 def _measure(spec: ModelSpec, variant: ModelSpec, items: Sequence[Any]) -> Likeness:
     """Embed the samples with both models, in batches that take turns."""
-    from embedmesh_encoder.modalities import MODALITIES, default_preparer  # noqa: PLC0415
-
-    preparer = default_preparer(spec)
-    units = MODALITIES[spec.modality].defaults(spec).batch_cost
-    both = create_backend(spec), create_backend(variant)
+    both = LocalModel(spec), LocalModel(variant)
     cosines: list[float] = []
     company: list[float] = []
     seconds = [0.0, 0.0]
-    for batch in _batches(preparer, items, units):
+    for batch in both[0].batches(items):
         vectors = []
-        for which, backend in enumerate(both):
+        for which, model in enumerate(both):
             started = time.process_time()
-            vectors.append(_vectors(preparer, backend, batch))
+            vectors.append(model.embed(batch))
             seconds[which] += time.process_time() - started
         reference, together = vectors
-        alone = np.concatenate([_vectors(preparer, both[1], [each]) for each in batch])
+        alone = np.concatenate([both[1].embed([each]) for each in batch])
         for ours in (together, alone):
             cosines += (ours * reference).sum(axis=1).tolist()
         company += (together * alone).sum(axis=1).tolist()
-    for backend in both:
-        backend.close()
+    for model in both:
+        model.close()
     if not np.isfinite(cosines).all():
         raise UserError(f"some vectors of {variant.name} are not finite: this model cannot do without float32.")
     return Likeness(
@@ -288,24 +256,3 @@ def _measure(spec: ModelSpec, variant: ModelSpec, items: Sequence[Any]) -> Liken
         company_min=min(company),
         time=seconds[1] / seconds[0],
     )
-
-
-def _batches(preparer: Preparer, items: Sequence[Any], units: int) -> Iterator[list[Prepared]]:
-    batch: list[Prepared] = []
-    for number, item in enumerate(items, start=1):
-        try:
-            prepared = preparer.prepare(item, pb.TRUNCATION_END)
-        except EmbedMeshError as error:
-            raise UserError(f"sample {number} cannot be embedded: {error.message}.", USAGE) from None
-        if batch and sum(each.units for each in batch) + prepared.units > units:
-            yield batch
-            batch = []
-        batch.append(prepared)
-    yield batch
-
-
-def _vectors(preparer: Preparer, backend: Backend, batch: Sequence[Prepared]) -> NDArray[np.float32]:
-    with np.errstate(all="ignore"):  # what is not finite is found later
-        rows = preparer.split(backend.run(preparer.collate(batch)), batch)
-        vectors: NDArray[np.float32] = normalized(rows, l2_norms(rows))
-    return vectors

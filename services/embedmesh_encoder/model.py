@@ -21,14 +21,23 @@
     file = "model.onnx"                # may be left out for triton, which has the graph
     layout = "packed"                  # see below; or "padded", or "stacked"
     output = "sentence_embedding"      # default for packed; "last_hidden_state" for the others
-    pooling = "graph"                  # default: the graph pools; not packed: mean, cls, max,
-                                       # mean_sqrt_len, last (numpy, see pooling.py)
-    inputs = ["input_ids", "attention_mask"]     # not packed; may add "token_type_ids"
+    pooling = "graph"                  # default: the graph pools; not packed: mean, cls, max, mean_sqrt_len,
+                                       # weightedmean, last (numpy, see pooling.py), or a list, joined
+    inputs = ["input_ids", "attention_mask"]     # not packed; may add "token_type_ids",
+                                       # "position_ids", or leave the mask out
 
     [text]                             # modality text
     tokenizer = "tokenizer.json"       # file of the `tokenizers` library
     pad_id = 0                         # padded only; default 0
-    prompts = { query = "", document = "" }      # put before the text, by role; default: none
+    prompts = { query = "", document = "" }      # put before the text, by role; `default` where a call
+                                       # names no role; default: none
+    pad = "longest"                    # padded only: to the longest of a batch (default), or to "max_input_units"
+
+    [head]                             # modality text, not packed: what follows pooling (numpy, see head.py)
+    layers = [                         # in order; both kinds as PyTorch computes them
+      { kind = "dense", file = "2_Dense/model.safetensors", inputs = 768, outputs = 384, activation = "tanh" },
+      { kind = "layer_norm", file = "3_LayerNorm/model.safetensors", inputs = 384, outputs = 384 },
+    ]
 
     [image]                            # modality image
     processor = "preprocessor_config.json"       # file of transformers
@@ -65,11 +74,12 @@ Layout *packed*: several texts lie end to end in rows. `input_ids`, `position_id
 at each text) and `segment_ids` (index of the text in the batch, -1 for padding) are int64
 [rows, width]; the output is float32 [texts, dimensions], already pooled.
 Layout *padded*: one text a row. Inputs are int64 [texts, longest]; the output is float32
-[texts, longest, dimensions], or [texts, dimensions] with pooling "graph".
+[texts, longest, d], or [texts, d] with pooling "graph", where d is `dimensions` unless several ways of
+pooling or a head make another width of it.
 Layout *stacked*: images or sounds, one a row. The input is `pixel_values`, or what the feature
 extractor makes (`input_features`, `input_values`; `attention_mask`, `is_longer`); the output as for padded.
 
-The *revision* is a fingerprint of everything that changes a vector: the files, graph, text,
+The *revision* is a fingerprint of everything that changes a vector: the files, graph, text, head,
 image, audio and triton tables, longest input, normalisation, precision, backend. The last two are those
 that really run it (`ModelSpec.run_by`), so that no node can make vectors of another precision under
 the same revision. Name, family, space, licence, source, timing and variant are no part of it.
@@ -86,7 +96,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -112,6 +122,8 @@ __all__ = [
     "BackendName",
     "FakeSpec",
     "GraphSpec",
+    "HeadLayer",
+    "HeadTable",
     "ImageTable",
     "ModelError",
     "ModelSpec",
@@ -155,6 +167,16 @@ def _kind(name: object) -> object:
     raise ValueError(f"must be {' or '.join(map(json.dumps, _KINDS))}, got {json.dumps(name, default=str)}")
 
 
+def _pooling(ways: object) -> object:
+    """See that it is a known way, or several; a union's own errors would be one for each member."""
+    known = get_args(Pooling)
+    if isinstance(ways, list | tuple) and ways and all(way in known for way in ways):
+        return tuple(ways)
+    if ways == "graph" or ways in known:
+        return ways
+    raise ValueError(f'must be "graph", {", ".join(map(json.dumps, known))}, or a list of the latter')
+
+
 def _present(file: str, info: ValidationInfo) -> str:
     """See that a file lies in the model's folder, symbolic links followed."""
     if folder := info.data.get("folder"):
@@ -177,10 +199,11 @@ _Kind = Annotated[pb.EmbeddingKind.ValueType, BeforeValidator(_kind)]
 _Input = Annotated[
     str,
     Field(
-        pattern=r"^(input_ids|attention_mask|token_type_ids|pixel_values|input_features|input_values|is_longer)$",
+        pattern=r"^(input_ids|attention_mask|token_type_ids|position_ids|pixel_values|input_features|input_values|is_longer)$",
     ),
 ]
 _File = Annotated[str, AfterValidator(_present)]
+_Pooling = Annotated[Literal["graph", Pooling] | tuple[Pooling, ...], BeforeValidator(_pooling)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -195,7 +218,7 @@ class GraphSpec(_Table):
     file: str = ""
     inputs: tuple[_Input, ...] = Field(default_factory=lambda data: _INPUTS.get(data.get("layout"), ()), strict=False)
     output: str = Field(default_factory=lambda data: _OUTPUTS.get(data.get("layout"), ""))
-    pooling: Literal["graph", Pooling] = "graph"
+    pooling: _Pooling = "graph"
 
     @field_validator("inputs", "pooling")
     @classmethod
@@ -210,6 +233,7 @@ class PromptSpec(_Table):
 
     query: str = ""
     document: str = ""
+    default: str = ""
 
 
 class TextSpec(_Table):
@@ -218,6 +242,7 @@ class TextSpec(_Table):
     tokenizer: str
     pad_id: NonNegativeInt = 0
     prompts: PromptSpec = PromptSpec()
+    pad: Literal["longest", "max_input_units"] = "longest"
 
     @property
     def query_prompt(self) -> str:
@@ -228,6 +253,32 @@ class TextSpec(_Table):
     def document_prompt(self) -> str:
         """Put before texts of role DOCUMENT."""
         return self.prompts.document
+
+    def decides(self) -> dict[str, Any]:
+        """What changes a vector, under keys that must not change; keys of later versions only where they are used."""
+        table = self.model_dump(exclude={"prompts", "pad"})
+        table |= {f"{role}_prompt": prompt for role, prompt in self.prompts.model_dump(exclude={"default"}).items()}
+        if self.prompts.default:
+            table["default_prompt"] = self.prompts.default
+        if self.pad != "longest":
+            table["pad"] = self.pad
+        return table
+
+
+class HeadLayer(_Table):
+    """A layer between pooling and the vector; its weights are a file of safetensors."""
+
+    kind: Literal["dense", "layer_norm"]
+    file: str
+    inputs: PositiveInt
+    outputs: PositiveInt
+    activation: Literal["none", "tanh", "relu", "sigmoid"] = "none"
+
+
+class HeadTable(_Table):
+    """What follows pooling."""
+
+    layers: Annotated[tuple[HeadLayer, ...], Field(min_length=1, strict=False)]
 
 
 class ImageTable(_Table):
@@ -294,6 +345,7 @@ class ModelSpec(_Table):
     text: TextSpec | None = Field(None, validate_default=True)
     image: ImageTable | None = Field(None, validate_default=True)
     audio: AudioTable | None = Field(None, validate_default=True)
+    head: HeadTable | None = None
     triton: TritonTable | None = Field(None, validate_default=True)
     variant: VariantTable | None = None
     fake: FakeSpec | None = Field(default_factory=lambda data: FakeSpec() if data.get("backend") == "fake" else None)
@@ -330,6 +382,24 @@ class ModelSpec(_Table):
             _listed(table.tokenizer if isinstance(table, TextSpec) else table.processor, info)
         return table
 
+    @field_validator("head")
+    @classmethod
+    def _head_fits(cls, head: HeadTable | None, info: ValidationInfo) -> HeadTable | None:
+        graph = info.data.get("graph")
+        if head is None or graph is None:
+            return head
+        if info.data.get("modality") != "text" or graph.layout != "padded":
+            raise ValueError('is only for the modality "text" and the layout "padded"')
+        width = head.layers[0].inputs
+        for layer in head.layers:
+            _listed(layer.file, info)
+            if layer.inputs != width:
+                raise ValueError(f'has a layer "{layer.file}" with inputs = {layer.inputs}, but {width} come to it')
+            width = layer.outputs
+        if width != info.data.get("dimensions", width):
+            raise ValueError(f"ends with outputs = {width}, but dimensions = {info.data['dimensions']}")
+        return head
+
     @field_validator("triton")
     @classmethod
     def _triton_fits(cls, triton: TritonTable | None, info: ValidationInfo) -> TritonTable | None:
@@ -351,15 +421,15 @@ class ModelSpec(_Table):
             "format": self.format,
             "files": dict(self.files),
             "graph": self.graph.model_dump(),
-            "text": self.text
-            and self.text.model_dump(exclude={"prompts"})
-            | {f"{role}_prompt": prompt for role, prompt in self.text.prompts.model_dump().items()},
+            "text": self.text and self.text.decides(),
             "max_input_units": self.max_input_units,
             "normalized": self.normalized,
             "precision": self.precision,
             "backend": self.backend,
             "seed": self.fake.seed if self.fake else 0,
         }
+        if self.head:
+            decides["head"] = self.head.model_dump()
         for table in ("image", "audio"):
             if self.modality == table:
                 decides[table] = getattr(self, table).model_dump()
@@ -372,6 +442,13 @@ class ModelSpec(_Table):
         spec = self.model_copy(update={"backend": backend, "precision": precision})
         spec.__dict__.pop("revision", None)  # model_copy takes the cached one along
         return spec
+
+    @property
+    def graph_dimensions(self) -> int:
+        """Width of the graph's output: `dimensions`, unless pooling or a head changes it."""
+        pooled = self.head.layers[0].inputs if self.head else self.dimensions
+        ways = self.graph.pooling
+        return pooled if isinstance(ways, str) else pooled // len(ways)
 
     def ref(self) -> pb.ModelRef:
         """Name this model as results do."""
@@ -461,13 +538,15 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], files: Iterable[st
     return load_spec(folder)
 
 
-_TABLES: Final[dict[tuple[int | str, ...], type[_Table]]] = {
+_TABLES: Final[dict[tuple[str, ...], type[_Table]]] = {
     (): ModelSpec,
     ("graph",): GraphSpec,
     ("text",): TextSpec,
     ("text", "prompts"): PromptSpec,
     ("image",): ImageTable,
     ("audio",): AudioTable,
+    ("head",): HeadTable,
+    ("head", "layers"): HeadLayer,
     ("triton",): TritonTable,
     ("variant",): VariantTable,
     ("fake",): FakeSpec,
@@ -488,7 +567,8 @@ def _sentence(issue: ErrorDetails) -> str:
     kind, loc = issue["type"], tuple(part for part in issue["loc"] if part != "[key]")
     where = ".".join(_toml_key(str(part)) for part in loc)
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(loc[-1]), _TABLES[loc[:-1]].model_fields, n=1)
+        table = _TABLES[tuple(part for part in loc[:-1] if isinstance(part, str))]
+        near = difflib.get_close_matches(str(loc[-1]), table.model_fields, n=1)
         return f"{where} is unknown{f', did you mean {near[0]}?' if near else ''}"
     text = _WORDS.get(kind) or re.sub(r"^\w+ should", "must", issue["msg"].removeprefix("Value error, "))
     got = "" if kind in ("missing", "value_error") else f", got {json.dumps(issue['input'], default=str)}"

@@ -1,10 +1,11 @@
 """From one vector a token to one vector a text, for graphs that do not pool themselves.
 
-The five ways are those of sentence-transformers' `Pooling` module, over texts padded on the right.
+The ways are those of sentence-transformers' `Pooling` module, over texts padded on the right.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,21 +13,30 @@ from numpy.typing import NDArray
 
 __all__ = ["Pooling", "pool"]
 
-Pooling = Literal["mean", "cls", "max", "mean_sqrt_len", "last"]
+Pooling = Literal["mean", "cls", "max", "mean_sqrt_len", "weightedmean", "last"]
 
 
-def pool(how: Pooling, hidden: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Pool the vectors of each text's tokens.
+def pool(
+    how: Pooling | Sequence[Pooling], hidden: NDArray[np.float32], lengths: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Pool the vectors of each text's tokens, in one way or in several, whose vectors are then joined.
 
     Args:
         how: "mean" over tokens, "cls" (the first), "max" per element, "mean_sqrt_len" (sum over
-            square root of length), "last" (the last token).
+            square root of length), "weightedmean" (the first token counts once, the second twice, ...),
+            "last" (the last token).
         hidden: float32 [n, longest, d]; what lies behind a text's end is ignored, NaN too.
         lengths: Tokens of each text, int64 [n], each at least 1 and at most `longest`.
 
     Returns:
-        float32 [n, d], not normalised.
+        float32 [n, d], or [n, d * ways], not normalised.
     """
+    if isinstance(how, str):
+        return _pool(how, hidden, lengths)
+    return np.concatenate([_pool(each, hidden, lengths) for each in how], axis=1)
+
+
+def _pool(how: Pooling, hidden: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
     if how == "cls":
         return np.ascontiguousarray(hidden[:, 0])
     if how == "last":
@@ -35,7 +45,11 @@ def pool(how: Pooling, hidden: NDArray[np.float32], lengths: NDArray[np.int64]) 
     if how == "max":
         maxima: NDArray[np.float32] = np.where(real, hidden, np.float32(-np.inf)).max(axis=1)
         return maxima
-    sums: NDArray[np.float32] = np.where(real, hidden, np.float32(0)).sum(axis=1)
-    divisor = (lengths if how == "mean" else np.sqrt(lengths)).astype(np.float32)
+    counted = np.where(real, hidden, np.float32(0))
+    if how == "weightedmean":
+        counted *= np.arange(1, hidden.shape[1] + 1, dtype=np.float32)[None, :, None]
+    sums: NDArray[np.float32] = counted.sum(axis=1)
+    divisors = {"mean": lengths, "mean_sqrt_len": np.sqrt(lengths), "weightedmean": lengths * (lengths + 1) / 2}
+    divisor = divisors[how].astype(np.float32)
     means: NDArray[np.float32] = sums / divisor[:, None]
     return means

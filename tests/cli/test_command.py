@@ -21,7 +21,15 @@ def test_version(cli: Any) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["up"], ["embed"], ["models"], ["models", "list"], ["models", "quantize"], ["demo"], ["bench"]],
+    [
+        [],
+        ["up"],
+        ["embed"],
+        ["models"],
+        *(["models", command] for command in ("list", "pull", "quantize", "remove", "show", "verify")),
+        ["demo"],
+        ["bench"],
+    ],
 )
 def test_help(cli: Any, words: list[str]) -> None:
     done = cli(*words, "--help")

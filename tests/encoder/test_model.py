@@ -71,6 +71,11 @@ def test_what_was_written_is_read(write: Write, tmp_path: Path) -> None:
     verify_files(spec)
 
 
+def test_several_ways_of_pooling_are_joined(write: Write) -> None:
+    spec = write({"graph": {"file": "onnx/model.onnx", "layout": "padded", "pooling": ["cls", "mean"]}})
+    assert (spec.graph.pooling, spec.dimensions, spec.graph_dimensions) == (("cls", "mean"), 8, 4)
+
+
 def test_padded_graphs_have_defaults_and_pooling(write: Write) -> None:
     spec = write({"graph": {"file": "onnx/model.onnx", "layout": "padded", "pooling": "mean"}})
     assert (spec.graph.file, spec.graph.layout, spec.graph.pooling) == ("onnx/model.onnx", "padded", "mean")
@@ -84,6 +89,8 @@ def test_padded_graphs_have_defaults_and_pooling(write: Write) -> None:
         {"normalized": False},
         {"text": {"tokenizer": "tokenizer.json", "prompts": {"query": "question: "}}},
         {"text": {"tokenizer": "tokenizer.json", "prompts": {"query": "query: ", "document": "passage: "}}},
+        {"text": {"tokenizer": "tokenizer.json", "prompts": {"query": "query: ", "default": "passage: "}}},
+        {"text": {"tokenizer": "tokenizer.json", "prompts": {"query": "query: "}, "pad": "max_input_units"}},
         {"graph": {"file": "onnx/model.onnx", "layout": "padded", "pooling": "cls"}},
         {"graph": {"file": "onnx/model.onnx", "layout": "packed", "output": "other"}},
         {"backend": "fake", "graph": {"layout": "packed"}},
@@ -179,6 +186,20 @@ def test_the_revision_ignores_the_fakes_speed(write: Write) -> None:
         (
             {"graph": {"file": "onnx/model.onnx", "layout": "packed", "inputs": ["input_ids"]}},
             "graph.inputs cannot be set",
+        ),
+        (
+            {"graph": {"file": "onnx/model.onnx", "layout": "padded", "pooling": "average"}},
+            'graph.pooling must be "graph", "mean", "cls", "max", "mean_sqrt_len", "weightedmean", "last", or a list',
+        ),
+        (
+            {"graph": {"file": "onnx/model.onnx", "layout": "padded", "pooling": ["mean", "graph"]}},
+            "graph.pooling must be",
+        ),
+        ({"graph": {"file": "onnx/model.onnx", "layout": "padded", "pooling": []}}, "graph.pooling must be"),
+        ({"head": {"layers": []}}, "head.layers must have at least 1 item"),
+        (
+            {"head": {"layers": [{"kind": "dense", "file": "tokenizer.json", "inputs": 4, "outputs": 8}]}},
+            'head is only for the modality "text" and the layout "padded"',
         ),
         ({"truncatable_dimensions": [0, True]}, "truncatable_dimensions.0 must be greater than 0, got 0"),
         ({"truncatable_dimensions": [0, True]}, "truncatable_dimensions.1 must be a valid integer, got true"),

@@ -7,7 +7,7 @@ from embedmesh_encoder.pooling import Pooling, pool
 
 HIDDEN = np.array([[[1, -2], [3, -4], [9, 9]], [[1, 0], [2, 0], [6, 3]]], np.float32)
 LENGTHS = np.array([2, 3])
-WAYS: list[Pooling] = ["mean", "cls", "max", "mean_sqrt_len", "last"]
+WAYS: list[Pooling] = ["mean", "cls", "max", "mean_sqrt_len", "weightedmean", "last"]
 
 
 @pytest.mark.parametrize(
@@ -17,10 +17,12 @@ WAYS: list[Pooling] = ["mean", "cls", "max", "mean_sqrt_len", "last"]
         ("cls", [[1, -2], [1, 0]]),
         ("max", [[3, -2], [6, 3]]),
         ("mean_sqrt_len", [[4 / 2**0.5, -6 / 2**0.5], [9 / 3**0.5, 3 / 3**0.5]]),
+        ("weightedmean", [[7 / 3, -10 / 3], [23 / 6, 9 / 6]]),
         ("last", [[3, -4], [6, 3]]),
+        (("last", "cls"), [[3, -4, 1, -2], [6, 3, 1, 0]]),
     ],
 )
-def test_tokens_become_one_vector(how: Pooling, expected: list[list[float]]) -> None:
+def test_tokens_become_one_vector(how: Pooling | tuple[Pooling, ...], expected: list[list[float]]) -> None:
     vectors = pool(how, HIDDEN, LENGTHS)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, expected, rtol=1e-6)
@@ -43,6 +45,7 @@ def test_padding_changes_nothing_whatever_it_holds(how: Pooling, padding: int, s
         ("cls", "cls"),
         ("max", "max"),
         ("mean_sqrt_len", "mean_sqrt_len_tokens"),
+        ("weightedmean", "weightedmean"),
         ("last", "lasttoken"),
     ],
 )

@@ -1,5 +1,7 @@
 """One text to token ids, a batch to feeds, outputs to vectors."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -163,6 +165,27 @@ def test_padded_graphs_get_masked_rows(spec: ModelSpec) -> None:
     assert {feed.dtype for feed in feeds.values()} == {np.dtype(np.int64)}
     with_types = TextPreparer(padded(spec, "mean", "input_ids", "attention_mask", "token_type_ids"))
     assert with_types.collate(prepared(2, 3))["token_type_ids"].tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_positions_and_padding_to_the_end_as_a_graph_wants_them(spec: ModelSpec) -> None:
+    wanted = padded(spec, "mean", "input_ids", "position_ids")
+    assert TextPreparer(wanted).collate(prepared(2, 3))["position_ids"].tolist() == [[0, 1, 2], [0, 1, 2]]
+    whole = TextSpec(tokenizer="tokenizer.json", pad_id=1, pad="max_input_units")
+    feeds = TextPreparer(wanted.model_copy(update={"text": whole})).collate(prepared(2, 3))
+    assert feeds["input_ids"].shape == feeds["position_ids"].shape == (2, 16)
+    assert feeds["input_ids"][0].tolist() == [100, 101, *[1] * 14]
+
+
+def test_texts_without_a_role_take_the_default_prompt(tmp_path: Path) -> None:
+    spec = write_model(tmp_path, prompts={"query": "query: ", "default": "passage: "})
+    preparer = TextPreparer(spec)
+
+    def ids(item: TextItem) -> list[int]:
+        found: list[int] = preparer.prepare(item, END).data.tolist()
+        return found
+
+    assert ids(TextItem("cat")) == ids(TextItem("passage: cat", text_pb2.TEXT_ROLE_DOCUMENT))
+    assert ids(TextItem("cat", text_pb2.TEXT_ROLE_QUERY)) == ids(TextItem("cat", instruction="query: "))
 
 
 def test_outputs_become_one_vector_a_text(spec: ModelSpec, preparer: TextPreparer) -> None:

@@ -76,7 +76,7 @@ class AudioPreparer:
         max_input_units: int,
         output: str,
         inputs: Sequence[str] = (),
-        pooling: Literal["graph", Pooling] = "graph",
+        pooling: Literal["graph", Pooling] | tuple[Pooling, ...] = "graph",
         window_units: int = 0,
         limits: AudioLimits | None = None,
     ) -> None:
@@ -117,7 +117,7 @@ class AudioPreparer:
         self.padded = not spec.fixed_units
         self._one_length = self.padded and _MASK not in self._inputs
         self._output = output
-        self._pooling: Literal["graph", Pooling] = pooling
+        self._pooling = pooling
         self._max_units = max_input_units
         # All the units that can matter, those left over that fill no whole window not counted.
         self._stride = self._window - spec.overlap_units

@@ -74,8 +74,9 @@ def check_signature(spec: ModelSpec, graph: str, inputs: Mapping[str, Port], out
         elif (
             output.shape
             and isinstance(width := output.shape[-1 if ranks[0] == 3 else 1], int)
-            and width != spec.dimensions
+            and width != spec.graph_dimensions
         ):
-            problems.append(f"{shape}; the manifest says dimensions = {spec.dimensions}")
+            wanted = f"{spec.graph_dimensions}, from which come " if spec.graph_dimensions != spec.dimensions else ""
+            problems.append(f"{shape}; the manifest says {wanted}dimensions = {spec.dimensions}")
     if problems:
         raise ModelError(f"{graph} does not fit {MANIFEST}: {'; '.join(problems)}")

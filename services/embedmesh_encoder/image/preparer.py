@@ -48,7 +48,7 @@ class ImagePreparer:
         spec: ImageSpec,
         *,
         output: str,
-        pooling: Literal["graph"] | Pooling = "graph",
+        pooling: Literal["graph"] | Pooling | tuple[Pooling, ...] = "graph",
         input_name: str = "pixel_values",
         patch_size: int = 0,
         extra_tokens: int = 0,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from embedmesh.errors import EmbedMeshError, InputTooLarge, InvalidRequest
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh.v1 import text_pb2
+from embedmesh_encoder.head import Head
 from embedmesh_encoder.model import ModelError, ModelSpec
 from embedmesh_encoder.pooling import pool
 from embedmesh_encoder.preparation import Prepared
@@ -67,7 +68,7 @@ class TextPreparer:
                 shapes; padded ones to no more than the model reads.
 
         Raises:
-            ModelError: The model is not for text, or its tokenizer cannot be used.
+            ModelError: The model is not for text, or its tokenizer or the weights of its head cannot be used.
         """
         if spec.text is None:
             raise ModelError(f'model "{spec.name}" is for {spec.modality}, not for text')
@@ -79,8 +80,11 @@ class TextPreparer:
             text_pb2.TEXT_ROLE_QUERY: spec.text.query_prompt,
             text_pb2.TEXT_ROLE_DOCUMENT: spec.text.document_prompt,
         }
+        self._default_prompt = spec.text.prompts.default
+        self._pad_to_max = spec.text.pad == "max_input_units"
         self._pad_id = spec.text.pad_id
         self._graph = spec.graph
+        self._head = Head(spec)
         self._row_width = row_width
         self._row_multiple = row_multiple
 
@@ -103,7 +107,7 @@ class TextPreparer:
             InvalidRequest: The text holds lone surrogates, or nothing that the model can read.
             InputTooLarge: It has too many bytes, or too many tokens under REFUSE.
         """
-        text = (item.instruction or self._prompts.get(item.role, "")) + item.text
+        text = (item.instruction or self._prompts.get(item.role, self._default_prompt)) + item.text
         try:
             size = len(item.instruction.encode()) + len(item.text.encode())
         except UnicodeEncodeError as error:
@@ -131,10 +135,10 @@ class TextPreparer:
     def split(self, outputs: Mapping[str, NDArray[Any]], batch: Sequence[Prepared]) -> NDArray[np.float32]:
         """Give one vector a text: float32 [n, d], as pooled, not normalised."""
         output = outputs[self._graph.output]
-        if self._graph.pooling == "graph":
-            return output
-        lengths = np.array([prepared.units for prepared in batch], np.int64)
-        return pool(self._graph.pooling, output, lengths)
+        if self._graph.pooling != "graph":
+            lengths = np.array([prepared.units for prepared in batch], np.int64)
+            output = pool(self._graph.pooling, output, lengths)
+        return self._head(output)
 
     def _collate_packed(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
         units = [prepared.units for prepared in batch]
@@ -159,7 +163,7 @@ class TextPreparer:
         longest = int(lengths.max())
         width = -(-longest // self._row_multiple) * self._row_multiple
         # The table of positions may end with the longest input.
-        shape = (len(batch), max(longest, min(width, self._max_units)))
+        shape = (len(batch), max(longest, self._max_units if self._pad_to_max else min(width, self._max_units)))
         ids = np.full(shape, self._pad_id, np.int64)
         for row, prepared in zip(ids, batch, strict=True):
             row[: prepared.units] = prepared.data
@@ -167,6 +171,7 @@ class TextPreparer:
             "input_ids": ids,
             "attention_mask": (np.arange(shape[1])[None, :] < lengths[:, None]).astype(np.int64),
             "token_type_ids": np.zeros(shape, np.int64),
+            "position_ids": np.broadcast_to(np.arange(shape[1]), shape),
         }
         return {name: feeds[name] for name in self._graph.inputs}
 

@@ -1,0 +1,540 @@
+"""From a repository's files to manifests: what kind of model it is, and how the encoder serves just that.
+
+Known are repositories of sentence-transformers (`modules.json`), and ONNX graphs as published for transformers.js: one
+`model.onnx`, or a tower for each modality (`text_model.onnx`, `vision_model.onnx`, `audio_model.onnx`). What the
+encoder could not serve exactly is refused in a sentence; nothing is guessed that changes a vector.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from tokenizers import Tokenizer
+
+from embedmesh_cli.console import FAILED, USAGE, UserError
+from embedmesh_cli.pull.graph import Graph, read_graph
+from embedmesh_cli.pull.repository import Repository, read_json
+from embedmesh_encoder.audio.features import AudioSpec
+from embedmesh_encoder.image.processor import ImageProcessor, ImageSpec
+from embedmesh_encoder.model import ModelError
+from embedmesh_encoder.pooling import Pooling
+
+__all__ = ["Tower", "Wishes", "find_towers"]
+
+# Of sentence-transformers' Pooling, in the order in which older configurations join them.
+_POOLING: Final[Mapping[str, Pooling]] = {
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weightedmean",
+    "lasttoken": "last",
+}
+_POOLING_FLAGS: Final[Mapping[str, str]] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_ACTIVATIONS: Final[Mapping[str, str]] = {
+    "torch.nn.modules.activation.Tanh": "tanh",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+    "torch.nn.modules.linear.Identity": "none",
+}
+_TRANSFORMER_CONFIGS: Final = (
+    "sentence_bert_config.json", "sentence_roberta_config.json", "sentence_distilbert_config.json",
+    "sentence_camembert_config.json", "sentence_albert_config.json", "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+)  # fmt: skip
+# Their positions are counted from the id of padding plus one.
+_LATE_POSITIONS: Final = frozenset(
+    {"camembert", "clap_text_model", "data2vec-text", "longformer", "mpnet", "roberta", "xlm-roberta"}
+)
+_TOWER_FILES: Final = ("text_model.onnx", "vision_model.onnx", "audio_model.onnx")
+_FOLDERS: Final = ("onnx/", "")
+_PIXELS: Final = "pixel_values"
+_SOUNDS: Final = ("input_features", "input_values")
+_INPUTS: Final = frozenset(
+    {"input_ids", "attention_mask", "token_type_ids", "position_ids", _PIXELS, *_SOUNDS, "is_longer"}
+)
+# Outputs with a vector a token, and with one an input, the best first.
+_TOKENS: Final = ("last_hidden_state", "token_embeddings")
+_TOWER_OUTPUTS: Final = ("text_embeds", "image_embeds", "audio_embeds", "pooler_output")
+_VECTORS: Final = ("sentence_embedding", *_TOWER_OUTPUTS[:3])
+# Patch sizes where a configuration leaves its own out, and what stands beside the patches.
+_PATCHES: Final[Mapping[str, tuple[int, int]]] = {
+    "clip": (32, 1), "siglip": (16, 0), "vit": (16, 1), "deit": (16, 2), "dinov2": (14, 1),
+}  # fmt: skip
+# Sentence-transformers' "no limit".
+_ENDLESS: Final = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the caller says where the repository does not.
+
+    Attributes:
+        file: The graph to take.
+        pooling: How tokens become one vector.
+        normalize: Whether vectors are normalised.
+        max_units: The longest input.
+    """
+
+    file: str | None = None
+    pooling: tuple[Pooling, ...] = ()
+    normalize: bool | None = None
+    max_units: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """A model to write.
+
+    Attributes:
+        graph: Its graph.
+        modality: What it embeds.
+        manifest: Keys of `model.toml`, but those that name it.
+        files: Names of all its files in the repository.
+        notes: What its user should know.
+    """
+
+    graph: Graph
+    modality: str
+    manifest: Mapping[str, Any]
+    files: Sequence[str]
+    notes: Sequence[str] = field(default_factory=list)
+
+
+def find_towers(repository: Repository, wishes: Wishes) -> list[Tower]:
+    """Find out what a repository holds.
+
+    Raises:
+        UserError: Nothing that the encoder can serve exactly; the message says why, and what to do.
+    """
+    try:
+        if "modules.json" in repository.files:
+            return [_sentence_transformer(repository, wishes)]
+        if wishes.file:
+            return [_tower(repository, wishes.file, wishes)]
+        found = [
+            next((folder + file for folder in _FOLDERS if folder + file in repository.files), "")
+            for file in _TOWER_FILES
+        ]
+        if any(found):
+            return [_tower(repository, file, wishes) for file in found if file]
+        return [_tower(repository, _only_graph(repository, _FOLDERS), wishes)]
+    except ModelError as error:
+        raise UserError(f"{repository.name}: {error}.") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"a configuration file of {repository.name} is not as its library writes it "
+            f"({type(error).__name__}: {error})."
+        ) from None
+
+
+def _only_graph(repository: Repository, folders: Sequence[str]) -> str:
+    """Find the full-precision graph in its usual places."""
+    for folder in folders:
+        if (file := f"{folder}model.onnx") in repository.files:
+            return file
+    others = sorted(file for file in repository.files if file.endswith(".onnx"))
+    if others:
+        raise UserError(
+            f"{repository.name} has no model.onnx in its usual places, only {', '.join(others)}: choose one with "
+            "--file (quantised ones are never chosen for you)."
+        )
+    raise UserError(
+        f"{repository.name} has no ONNX graph, and exporting one is not built in: make one with `optimum-cli export "
+        f"onnx --model {repository.name} FOLDER` (pip install optimum-onnx, in an environment of its own), then "
+        "`embedmesh models pull FOLDER`."
+    )
+
+
+# --- sentence-transformers ------------------------------------------------------------------------
+
+
+def _sentence_transformer(repository: Repository, wishes: Wishes) -> Tower:
+    if wishes.pooling or wishes.normalize is not None:
+        raise UserError(
+            f"modules.json of {repository.name} says how it pools and whether it normalises: leave --pooling and "
+            "--normalize out.",
+            USAGE,
+        )
+    modules = [(_class_name(repository, module), str(module.get("path", ""))) for module in _modules(repository)]
+    kinds = [kind for kind, _ in modules]
+    if kinds[:2] != ["Transformer", "Pooling"]:
+        raise UserError(
+            f"{repository.name} is made of {', '.join(kinds) or 'nothing'}: the encoder serves Transformer, "
+            "Pooling and what may follow them (Dense, LayerNorm, Normalize)."
+        )
+    prefix = f"{path}/" if (path := modules[0][1]) else ""
+    graph = _checked(repository, wishes.file or _only_graph(repository, [f"{prefix}onnx/", prefix, *_FOLDERS]), wishes)
+    layers, normalized = _head(repository, modules[2:])
+    text, limit, notes = _text(repository, prefix, wishes)
+    pooling = _pooling(repository, modules[1][1])
+    output = _token_output(graph)
+    if output:
+        width = _width(repository, graph, output, prefix)
+        dimensions = layers[-1]["outputs"] if layers else width * (1 if isinstance(pooling, str) else len(pooling))
+    elif (shape := graph.outputs.get("sentence_embedding", ())) != ():
+        # The whole pipeline was exported: pooling and what follows are inside.
+        output, pooling, layers = "sentence_embedding", "graph", []
+        dimensions = _last(repository, graph, output, shape)
+    else:
+        raise UserError(_no_output(repository, graph))
+    manifest = {
+        "modality": "text",
+        "dimensions": dimensions,
+        **_matryoshka(repository, prefix, dimensions),
+        "normalized": normalized,
+        "max_input_units": limit,
+        "precision": graph.precision,
+        "graph": _graph_table(graph, "padded", output, pooling),
+        "text": text,
+        **({"head": {"layers": layers}} if layers else {}),
+    }
+    files = [*graph.files, text["tokenizer"], *(layer["file"] for layer in layers)]
+    return Tower(graph, "text", manifest, files, notes)
+
+
+def _modules(repository: Repository) -> list[dict[str, Any]]:
+    try:
+        modules = json.loads((repository.fetch(["modules.json"]) / "modules.json").read_text(encoding="utf-8"))
+    except ValueError:
+        modules = None
+    if not isinstance(modules, list) or not all(isinstance(each, dict) for each in modules):
+        raise UserError(
+            f"modules.json of {repository.name} is not the list of modules that sentence-transformers writes."
+        )
+    return modules
+
+
+def _class_name(repository: Repository, module: Mapping[str, Any]) -> str:
+    kind = str(module.get("type"))
+    if not kind.startswith("sentence_transformers."):
+        raise UserError(f"{repository.name} needs code of its own ({kind}), which never runs here.")
+    return kind.rpartition(".")[2]
+
+
+def _pooling(repository: Repository, path: str) -> str | list[Pooling]:
+    config = read_json(repository, f"{path}/config.json", needed=True)
+    if config.get("include_prompt") is False:
+        raise UserError(
+            f"{repository.name} leaves prompts out of its pooling (include_prompt), which the encoder cannot."
+        )
+    ways = config.get("pooling_mode")
+    if ways is None:
+        ways = [way for flag, way in _POOLING_FLAGS.items() if config.get(flag)] or ["mean"]
+    ways = [ways] if isinstance(ways, str) else ways
+    if unknown := [way for way in ways if way not in _POOLING]:
+        raise UserError(f"{repository.name} pools by {', '.join(map(str, unknown))}, which the encoder does not know.")
+    pooling = [_POOLING[way] for way in ways]
+    return pooling[0] if len(pooling) == 1 else pooling
+
+
+def _head(repository: Repository, modules: Sequence[tuple[str, str]]) -> tuple[list[dict[str, Any]], bool]:
+    """Read what follows pooling: layers of the manifest's head, and whether vectors are normalised in the end."""
+    layers: list[dict[str, Any]] = []
+    normalized = False
+    for kind, path in modules:
+        if kind == "Dropout":  # does nothing outside of training
+            continue
+        if normalized and kind != "Normalize":
+            raise UserError(f"{repository.name} has a {kind} after Normalize, which the encoder cannot.")
+        if kind == "Normalize":
+            normalized = True
+        elif kind in ("Dense", "LayerNorm"):
+            layers.append(_layer(repository, kind, path))
+        else:
+            raise UserError(f"{repository.name} has a module {kind}, which the encoder does not know.")
+    return layers, normalized
+
+
+def _layer(repository: Repository, kind: str, path: str) -> dict[str, Any]:
+    config = read_json(repository, f"{path}/config.json", needed=True)
+    file = f"{path}/model.safetensors"
+    if file not in repository.files:
+        raise UserError(
+            f"{repository.name} has the weights of {path} as a pickle only, which is never loaded: save it anew with "
+            "sentence-transformers (`SentenceTransformer(ID).save_pretrained(FOLDER)`) and pull the folder."
+        )
+    if kind == "LayerNorm":
+        width = int(config["dimension"])
+        return {"kind": "layer_norm", "file": file, "inputs": width, "outputs": width}
+    sizes = {"inputs": int(config["in_features"]), "outputs": int(config["out_features"])}
+    name = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    places = {config.get(key) or "sentence_embedding" for key in ("module_input_name", "module_output_name")}
+    if name not in _ACTIVATIONS or config.get("use_residual") or places != {"sentence_embedding"}:
+        raise UserError(
+            f"{path} of {repository.name} is a Dense that the encoder does not know (activation {name}, from and to "
+            f"{', '.join(sorted(places))}{', residual' if config.get('use_residual') else ''})."
+        )
+    return {"kind": "dense", "file": file, **sizes, "activation": _ACTIVATIONS[name]}
+
+
+# --- graphs ---------------------------------------------------------------------------------------
+
+
+def _checked(repository: Repository, file: str, wishes: Wishes) -> Graph:
+    """Read a graph that the encoder can feed; one that is quantised must have been asked for."""
+    graph = read_graph(repository, file)
+    if unknown := [name for name in graph.inputs if name not in _INPUTS]:
+        raise UserError(
+            f"{file} of {repository.name} wants inputs that the encoder does not make ({', '.join(unknown[:3])}"
+            f"{', ...' if len(unknown) > 3 else ''}): export it for feature extraction, without a cache."
+        )
+    if graph.precision == "int8" and not wishes.file:
+        raise UserError(
+            f"{file} of {repository.name} is quantised to int8, and there is no other: take it all the same with "
+            f"--file {file}, or an original with `embedmesh models quantize`."
+        )
+    return graph
+
+
+def _graph_table(graph: Graph, layout: str, output: str, pooling: str | list[Pooling]) -> dict[str, Any]:
+    return {
+        "file": graph.file, "layout": layout, "inputs": list(graph.inputs), "output": output, "pooling": pooling,
+    }  # fmt: skip
+
+
+def _token_output(graph: Graph) -> str:
+    """Find the output with a vector a token; "" if there is none."""
+    for name in _TOKENS:
+        if name in graph.outputs and ((shape := graph.outputs[name]) is None or len(shape) == 3):
+            return name
+    return ""
+
+
+def _no_output(repository: Repository, graph: Graph) -> str:
+    return (
+        f"{graph.file} of {repository.name} gives {', '.join(graph.outputs)}, none of which is known to hold vectors "
+        f"({', '.join((*_TOKENS, *_VECTORS))}): export it for feature extraction."
+    )
+
+
+def _width(repository: Repository, graph: Graph, output: str, prefix: str) -> int:
+    """Width of a token's vector."""
+    shape = graph.outputs[output]
+    if shape and shape[-1]:
+        return shape[-1]
+    config = _config(repository, prefix)
+    for key in ("hidden_size", "d_model", "dim", "n_embd"):
+        if isinstance(width := config.get(key), int):
+            return width
+    raise UserError(f"neither {graph.file} nor config.json of {repository.name} says how wide its vectors are.")
+
+
+def _last(repository: Repository, graph: Graph, output: str, shape: Sequence[int | None] | None) -> int:
+    """Width of an output with a vector an input."""
+    if not shape or len(shape) != 2 or not shape[1]:
+        config = read_json(repository, "config.json")
+        width = config.get("projection_dim") or config.get("hidden_size")
+        if not isinstance(width, int):
+            raise UserError(f"{graph.file} of {repository.name} does not say how wide its output {output} is.")
+        return width
+    return shape[1]
+
+
+def _tower(repository: Repository, file: str, wishes: Wishes) -> Tower:
+    """Read a graph that stands alone."""
+    graph = _checked(repository, file, wishes)
+    inputs = set(graph.inputs)
+    sounds = inputs.intersection(_SOUNDS)
+    if ("input_ids" in inputs) + (_PIXELS in inputs) + bool(sounds) != 1:
+        raise UserError(
+            f"{file} of {repository.name} takes {', '.join(graph.inputs)}: the encoder wants a graph for each of text, "
+            "images and sounds."
+        )
+    modality = "text" if "input_ids" in inputs else "image" if _PIXELS in inputs else "audio"
+    output, pooling, width = _output(repository, graph, wishes)
+    notes: list[str] = []
+    if modality == "text":
+        table, limit, notes = _text(repository, "", wishes)
+        if _model_type(repository) == "siglip":
+            table["pad"] = "max_input_units"  # it was trained on padding, and told of no mask
+        asset = table["tokenizer"]
+    else:
+        table, limit = _image(repository, wishes) if modality == "image" else _audio(repository, wishes)
+        asset = table["processor"]
+    dimensions = width * (len(pooling) if isinstance(pooling, list) else 1)
+    manifest = {
+        "modality": modality,
+        "dimensions": dimensions,
+        **_matryoshka(repository, "", dimensions),
+        # Towers are compared by cosine, and their libraries normalise; whole pipelines do so in the graph, if at all.
+        "normalized": output in _TOWER_OUTPUTS if wishes.normalize is None else wishes.normalize,
+        "max_input_units": limit,
+        "precision": graph.precision,
+        "graph": _graph_table(graph, "padded" if modality == "text" else "stacked", output, pooling),
+        modality: table,
+    }
+    return Tower(graph, modality, manifest, [*graph.files, asset], notes)
+
+
+def _output(repository: Repository, graph: Graph, wishes: Wishes) -> tuple[str, str | list[Pooling], int]:
+    """Choose the output of a graph that stands alone: its name, pooling and width."""
+    if not wishes.pooling:
+        vectors = [name for name in _VECTORS if name in graph.outputs]
+        if _model_type(repository) == "siglip" and "pooler_output" in graph.outputs:
+            vectors.append("pooler_output")  # SigLIP's towers end there, others' do not
+        if vectors:
+            return vectors[0], "graph", _last(repository, graph, vectors[0], graph.outputs[vectors[0]])
+    tokens = _token_output(graph)
+    if not tokens:
+        raise UserError(_no_output(repository, graph))
+    if not wishes.pooling:
+        raise UserError(
+            f"{repository.name} does not say how the vectors of tokens become one (it has no modules.json): see "
+            "its model card, and name it with --pooling mean, cls or last, and --normalize if vectors are normalised.",
+            USAGE,
+        )
+    pooling = list(wishes.pooling)
+    return tokens, pooling[0] if len(pooling) == 1 else pooling, _width(repository, graph, tokens, "")
+
+
+# --- what surrounds the graph ---------------------------------------------------------------------
+
+
+def _config(repository: Repository, prefix: str) -> dict[str, Any]:
+    return read_json(repository, f"{prefix}config.json") or read_json(repository, "config.json")
+
+
+def _model_type(repository: Repository) -> str:
+    """Give the architecture, that of a single tower by the name of the whole."""
+    kind = str(read_json(repository, "config.json").get("model_type", ""))
+    return "siglip" if kind.startswith("siglip") else kind.removesuffix("_model").split("_vision")[0].split("_text")[0]
+
+
+def _text(repository: Repository, prefix: str, wishes: Wishes) -> tuple[dict[str, Any], int, list[str]]:
+    """Read how text becomes tokens: the manifest's table, the longest input, and what to know of prompts."""
+    file = next((f"{at}tokenizer.json" for at in (prefix, "") if f"{at}tokenizer.json" in repository.files), None)
+    if file is None:
+        raise UserError(
+            f"{repository.name} has no tokenizer.json: make one with `AutoTokenizer.from_pretrained(ID)"
+            ".save_pretrained(FOLDER)` of transformers, beside its other files, and pull the folder."
+        )
+    path = repository.fetch([file]) / file
+    try:
+        content = path.read_text(encoding="utf-8")
+        tokenizer = Tokenizer.from_str(content)
+    except Exception as error:  # noqa: BLE001  (it is what the library raises)
+        raise UserError(f"{file} of {repository.name} is not a tokenizer: {error}.") from None
+    settings: dict[str, Any] = {}
+    for name in _TRANSFORMER_CONFIGS:
+        settings = settings or read_json(repository, f"{prefix}{name}")
+    if settings.get("do_lower_case") and not _lowers(json.loads(content).get("normalizer")):
+        raise UserError(
+            f"{repository.name} lowers the case of texts outside of its tokenizer, which the encoder does not."
+        )
+    task = settings.get("transformer_task", "feature-extraction")
+    if task != "feature-extraction":
+        raise UserError(f"{repository.name} uses its Transformer for {task}, the encoder for feature-extraction only.")
+    pad_id = _pad_id(repository, prefix, tokenizer)
+    prompts, notes = _prompts(repository)
+    limit = _longest(repository, prefix, settings, wishes, pad_id)
+    return {"tokenizer": file, "pad_id": pad_id, **({"prompts": prompts} if prompts else {})}, limit, notes
+
+
+def _lowers(normalizer: Any) -> bool:
+    if not isinstance(normalizer, dict):
+        return False
+    if normalizer.get("type") == "Sequence":
+        return any(map(_lowers, normalizer["normalizers"]))
+    return normalizer.get("type") == "Lowercase" or bool(normalizer.get("lowercase"))
+
+
+def _pad_id(repository: Repository, prefix: str, tokenizer: Tokenizer) -> int:
+    token = read_json(repository, f"{prefix}tokenizer_config.json").get("pad_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if found is None:
+        found = (tokenizer.padding or {}).get("pad_id", _config(repository, prefix).get("pad_token_id"))
+    return found if isinstance(found, int) else 0
+
+
+def _prompts(repository: Repository) -> tuple[dict[str, str], list[str]]:
+    """Read the prompts of sentence-transformers: those for roles, and a note on others."""
+    config = read_json(repository, "config_sentence_transformers.json")
+    if config.get("truncate_dim"):
+        raise UserError(
+            f"{repository.name} cuts its vectors to {config['truncate_dim']} numbers, which the encoder cannot."
+        )
+    named = {name: text for name, text in (config.get("prompts") or {}).items() if text}
+    places = {"query": ("query",), "document": ("document", "passage", "corpus")}
+    prompts: dict[str, str] = {}
+    known = set()
+    for role, names in places.items():
+        name = next((each for each in names if each in named), None)
+        if name:
+            prompts[role] = named[name]
+            known.add(name)
+    if default := named.get(config.get("default_prompt_name") or ""):
+        prompts["default"] = default
+    others = {name: text for name, text in named.items() if name not in known}
+    notes = [f"further prompts, to be given as the instruction of a call: {json.dumps(others, ensure_ascii=False)}"]
+    return prompts, notes if others else []
+
+
+def _longest(repository: Repository, prefix: str, settings: Mapping[str, Any], wishes: Wishes, pad_id: int) -> int:
+    """Find out how many tokens the model reads."""
+    config = _config(repository, prefix)
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else None
+    positions = (text or config).get("max_position_embeddings")
+    if text is not None and positions is None:  # transformers leaves its defaults out
+        positions = {"clip": 77, "siglip": 64}.get(_model_type(repository))
+    if isinstance(positions, int) and (text or config).get("model_type") in _LATE_POSITIONS:
+        positions -= (text or config).get("pad_token_id", pad_id) + 1
+    tokenizer = read_json(repository, f"{prefix}tokenizer_config.json")
+    limits = (settings.get("max_seq_length") or tokenizer.get("model_max_length"), positions)
+    known = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < _ENDLESS]
+    if wishes.max_units:
+        if known and wishes.max_units > min(known):
+            raise UserError(f"{repository.name} reads at most {min(known)} tokens, not {wishes.max_units}.", USAGE)
+        return wishes.max_units
+    if not known:
+        raise UserError(f"{repository.name} does not say how many tokens it reads: name it with --max-units.", USAGE)
+    return min(known)
+
+
+def _matryoshka(repository: Repository, prefix: str, dimensions: int) -> dict[str, list[int]]:
+    widths = _config(repository, prefix).get("matryoshka_dimensions")
+    if not isinstance(widths, list) or not all(isinstance(width, int) for width in widths):
+        return {}
+    return {"truncatable_dimensions": [width for width in widths if 0 < width < dimensions]}
+
+
+def _processor(repository: Repository) -> tuple[str, dict[str, Any]]:
+    file = "preprocessor_config.json"
+    config = read_json(repository, file)
+    if not config:
+        raise UserError(f"{repository.name} has no {file}, which says how its inputs are prepared.", FAILED)
+    return file, config
+
+
+def _image(repository: Repository, wishes: Wishes) -> tuple[dict[str, Any], int]:
+    file, config = _processor(repository)
+    processor = ImageProcessor(ImageSpec.from_preprocessor_config(config))
+    height, width = processor.output_size(400, 300)
+    model = read_json(repository, "config.json")
+    model = model["vision_config"] if isinstance(model.get("vision_config"), dict) else model
+    patch, extra = _PATCHES.get(_model_type(repository), (0, 0))
+    patch = model.get("patch_size", patch) if patch else 0
+    units = (height // patch) * (width // patch) + extra if patch else math.ceil(height * width / 256)
+    if processor.output_size(300, 400) != (height, width) and not wishes.max_units:
+        raise UserError(f"{repository.name} reads pictures of any size: name the largest with --max-units.", USAGE)
+    return {"processor": file, "patch_size": patch, "extra_tokens": extra}, wishes.max_units or units
+
+
+def _audio(repository: Repository, wishes: Wishes) -> tuple[dict[str, Any], int]:
+    file, config = _processor(repository)
+    units = AudioSpec.from_preprocessor_config(config).fixed_units or wishes.max_units
+    if not units:
+        raise UserError(f"{repository.name} reads sounds of any length: name the longest with --max-units.", USAGE)
+    return {"processor": file}, units

@@ -1,0 +1,324 @@
+"""The command `embedmesh models verify`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Final, Protocol
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+
+from embedmesh.client import Client
+from embedmesh.errors import EmbedErrors, EmbedMeshError
+from embedmesh.inputs import Audio, Image, Role
+from embedmesh.v1 import text_pb2
+from embedmesh_cli.console import FAILED, USAGE, UserError, explain
+from embedmesh_cli.home import find_model
+from embedmesh_cli.local import DEFINITIONS, LocalModel
+from embedmesh_cli.verify.reference import Reference, load_reference
+from embedmesh_encoder.model import ModelError, ModelSpec, verify_files
+
+__all__ = ["verify"]
+
+Float32 = NDArray[np.float32]
+
+# Of the elements of a float32 vector, alone and in company; other precisions promise less.
+_COMPANY: Final = 1e-5
+_NORMS: Final = 1e-3
+_SHOWN: Final = 60
+_SECONDS: Final = 600.0
+_DEMO: Final = DEFINITIONS.parent
+_ROLES: Final = {
+    "none": text_pb2.TEXT_ROLE_UNSPECIFIED,
+    "query": text_pb2.TEXT_ROLE_QUERY,
+    "document": text_pb2.TEXT_ROLE_DOCUMENT,
+}
+
+
+_SERVED_ROLES: Final[Mapping[str, Role | None]] = {"none": None, "query": "query", "document": "document"}
+
+
+class _Subject(Protocol):
+    """Whatever gives vectors: this process, or a mesh.
+
+    Attributes:
+        revision: Of the model that gave them.
+    """
+
+    revision: str
+
+    def embed(self, items: Sequence[Any], role: str, *, alone: bool) -> Float32:
+        """Embed texts or contents of files, together or one by one: float32 [n, dimensions]."""
+
+    def close(self) -> None:
+        """Let it go."""
+
+
+class _Local:
+    """The model, run in this process."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        from embedmesh_encoder.modalities import MODALITIES  # noqa: PLC0415  (slow to import)
+
+        self.revision = spec.revision
+        self._spec = spec
+        self._make = MODALITIES[spec.modality].item
+        self._model = LocalModel(spec)
+
+    def embed(self, items: Sequence[Any], role: str, *, alone: bool) -> Float32:
+        made = [self._make(item) for item in items]
+        if self._spec.modality == "text":
+            from embedmesh_encoder.text import TextItem  # noqa: PLC0415
+
+            made = [TextItem(item, _ROLES[role]) for item in items]
+        groups = [[item] for item in made] if alone else [made]
+        return np.concatenate(
+            [self._model.embed(batch, unit=False) for group in groups for batch in self._model.batches(group)]
+        )
+
+    def close(self) -> None:
+        self._model.close()
+
+
+class _Served:
+    """The model as a mesh serves it."""
+
+    def __init__(self, spec: ModelSpec, address: str) -> None:
+        self._spec = spec
+        self._address = address
+        self._client = Client(address)
+        self.revision = ""
+
+    def embed(self, items: Sequence[Any], role: str, *, alone: bool) -> Float32:
+        wrap = {"text": str, "image": Image, "audio": Audio}[self._spec.modality]
+        inputs = [wrap(item) for item in items]
+        groups = [[each] for each in inputs] if alone else [inputs]
+        try:
+            answers = [
+                self._client.embed(
+                    group, model=self._spec.name, role=_SERVED_ROLES[role], cache="bypass", timeout=_SECONDS
+                )
+                for group in groups
+            ]
+            vectors = np.concatenate([answer.vectors for answer in answers])
+        except EmbedErrors as errors:
+            raise UserError(f"{self._address} could not embed some of the samples: {errors}.") from None
+        except EmbedMeshError as error:
+            raise explain(error, self._address) from None
+        self.revision = answers[0].models[0].revision
+        return vectors
+
+    def close(self) -> None:
+        self._client.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """How alike vectors are to the reference's, for texts of one role (or inputs without one)."""
+
+    role: str
+    cosine_min: float
+    cosine_mean: float
+    norm_difference: float
+    worst: Sequence[tuple[float, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """What the caller wants: the least cosine, and how many of the worst inputs to see."""
+
+    cosine: float
+    worst: int
+
+
+@dataclass(slots=True)
+class _Report:
+    """What was found; without problems the model is verified."""
+
+    model: str
+    revision: str
+    where: str
+    files: int = 0
+    samples: int = 0
+    nonfinite: int = 0
+    company_difference: float = 0.0
+    reference: str | None = None
+    comparisons: list[_Comparison] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def verify(
+    model: Annotated[str, typer.Argument(metavar="NAME|FOLDER", help="Name of a model at hand, or its folder.")],
+    *,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Take the vectors that the mesh at this host:port serves."),
+    ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="What to embed: a file with a text a line, or a folder of pictures or sounds. A few dozen of all "
+            "lengths are built in.",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="ID|FOLDER", help="The original; where the model was pulled from unless given."),
+    ] = None,
+    no_reference: Annotated[
+        bool, typer.Option("--no-reference", help="Compare with nothing; see to files, finiteness and company only.")
+    ] = False,
+    min_cosine: Annotated[
+        float, typer.Option(metavar="X", min=0, max=1, help="Least cosine to the reference that any sample may have.")
+    ] = 0.9999,
+    worst: Annotated[int, typer.Option(metavar="N", min=0, help="How many of the least alike inputs to show.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Compare a model's vectors with those of the reference library; status 0 only if all is well.
+
+    Also: whether files are what the manifest says, whether all numbers are finite, and whether a vector depends
+    on what else is in its batch.
+    """
+    spec = find_model(model)
+    report = _Report(spec.name, spec.revision, address or str(spec.folder))
+    try:
+        verify_files(spec)
+        report.files = len(spec.files)
+    except ModelError as error:
+        report.problems.append(str(error))
+    # A model with other files than those that it was made of is not worth a look.
+    if not report.problems:
+        try:
+            original = None if no_reference else load_reference(spec, reference)
+            items = _items(spec, samples)
+            subject: _Subject = _Served(spec, address) if address else _Local(spec)
+            try:
+                vectors = _examine(spec, report, subject, items, original.roles if original else ("none",))
+            finally:
+                subject.close()
+            if original:
+                if spec.modality == "text" and 0 < original.longest < spec.max_input_units:
+                    report.problems.append(f"reads {spec.max_input_units} tokens, the reference {original.longest}")
+                _hold_against(original, report, items, vectors, _Limits(min_cosine, worst))
+        except ModelError as error:
+            raise UserError(f"{error}.") from None
+        except OSError as error:
+            raise UserError(f"{error.filename or samples}: {error.strerror or error}.") from None
+    if as_json:
+        sys.stdout.write(json.dumps({"verified": not report.problems, **asdict(report)}) + "\n")
+    else:
+        _print(report, min_cosine)
+    if report.problems:
+        raise typer.Exit(FAILED)
+
+
+def _items(spec: ModelSpec, path: Path | None) -> list[Any]:
+    """Read what to embed: texts, or contents of files."""
+    if spec.modality == "text":
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path else _texts()
+        found: list[Any] = [line for line in lines if line.strip()]
+    else:
+        folder = path or _DEMO / {"image": "pictures", "audio": "speech"}[spec.modality]
+        found = [file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()][: None if path else 24]
+    if not found:
+        raise UserError(f"{path} holds nothing to verify with.", USAGE)
+    return found
+
+
+def _texts() -> list[str]:
+    """Give texts from a word to more than any usual model reads."""
+    lines = [line.split("\t")[1] for line in DEFINITIONS.read_text(encoding="utf-8").splitlines() if "\t" in line]
+    joined = [" ".join(lines[start : start + count]) for start, count in ((10, 3), (20, 7), (40, 15), (60, 40))]
+    others = ["a", "Straße, naïve café", "東京は日本の首都です。", "ПРИВЕТ, мир!", "don't   stop\t🙂 (v2.0)"]
+    return [*lines[::25], *others, *joined]
+
+
+def _examine(
+    spec: ModelSpec, report: _Report, subject: _Subject, items: Sequence[Any], roles: Sequence[str]
+) -> dict[str, Float32]:
+    """Embed the samples with each role; write into the report whether numbers are finite, and free of company."""
+    vectors = {role: subject.embed(items, role, alone=False) for role in roles}
+    alone = subject.embed(items, roles[0], alone=True)
+    report.samples, report.revision = len(items), subject.revision
+    finite = np.all([np.isfinite(each).all(axis=1) for each in (alone, *vectors.values())], axis=0)
+    report.nonfinite = int((~finite).sum())
+    if report.nonfinite:
+        report.problems.append(f"the vectors of {report.nonfinite} samples are not finite")
+        return {}
+    unit, unit_alone = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (vectors[roles[0]], alone))
+    report.company_difference = float(np.abs(unit - unit_alone).max())
+    if spec.precision == "float32" and not report.company_difference <= _COMPANY:
+        report.problems.append(f"vectors depend on what else is in their batch, by {report.company_difference:.1e}")
+    return vectors
+
+
+def _hold_against(
+    original: Reference, report: _Report, items: Sequence[Any], vectors: Mapping[str, Float32], limits: _Limits
+) -> None:
+    """Compare vectors of each role with the reference's."""
+    report.reference = original.name
+    for role, ours in vectors.items():
+        theirs = original.embed(items, role)
+        if theirs.shape != ours.shape:
+            report.problems.append(f"vectors have {ours.shape[1]} numbers, the reference's {theirs.shape[1]}")
+            return
+        comparison = _compare(role, items, ours, theirs, limits.worst)
+        report.comparisons.append(comparison)
+        if not comparison.cosine_min >= limits.cosine:
+            report.problems.append(f"the least cosine{_of(role)} is {comparison.cosine_min:.7f}, below {limits.cosine}")
+        if not comparison.norm_difference <= _NORMS:
+            report.problems.append(
+                f"the lengths of vectors{_of(role)} differ by up to {comparison.norm_difference:.1e} of the reference's"
+            )
+
+
+def _compare(role: str, items: Sequence[Any], ours: Float32, theirs: Float32, worst: int) -> _Comparison:
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    cosines = np.einsum("nd,nd->n", a, b) / (norms[0] * norms[1])
+    order = np.argsort(cosines)[:worst]
+    return _Comparison(
+        role,
+        float(cosines.min()),
+        float(cosines.mean()),
+        float(np.abs(norms[0] / norms[1] - 1).max()),
+        [(float(cosines[i]), _named(items[i], int(i))) for i in order],
+    )
+
+
+def _named(item: Any, number: int) -> str:
+    if not isinstance(item, str):
+        return f"file {number + 1}, {len(item)} bytes"
+    return json.dumps(item[:_SHOWN] + ("..." if len(item) > _SHOWN else ""), ensure_ascii=False)
+
+
+def _of(role: str) -> str:
+    return "" if role == "none" else f" of role {role}"
+
+
+def _print(report: _Report, min_cosine: float) -> None:
+    lines = [f"{report.model}@{report.revision} ({report.where})"]
+    if report.files:
+        lines.append(f"files      {report.files}, each with its sha256")
+    if report.samples:
+        lines += [
+            f"samples    {report.samples}, {report.nonfinite} of them with numbers that are not finite",
+            f"company    largest difference of an element, alone and in batches: {report.company_difference:.1e}",
+        ]
+    if report.reference:
+        lines.append(f"reference  {report.reference}")
+    for one in report.comparisons:
+        lines.append(
+            f"cosine     min {one.cosine_min:.7f}, mean {one.cosine_mean:.7f}{_of(one.role)} (at least {min_cosine})"
+        )
+        lines += [f"           {cosine:.7f}  {name}" for cosine, name in one.worst]
+    lines.append("verified" if not report.problems else "NOT VERIFIED")
+    lines += [f"  - {problem}" for problem in report.problems]
+    Console(width=None if Console().is_terminal else 1000, highlight=False).print("\n".join(lines), markup=False)
