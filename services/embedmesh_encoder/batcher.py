@@ -15,8 +15,8 @@ waited 7.0 s in the median and 36 s at most under the plain rule, 16 ms and 33 m
 
 Decision (November 2026): bulk work may join a batch that interactive work leads, but fill it to a quarter only.
 Who waits for one text would else wait for a whole batch of others: MiniLM, batches of 46 ms, a text now and then
-beside a bulk stream: p50 89 ms and p99 125 ms without the limit (texts of 14 tokens), 45 and 100 ms with it (of 40); bulk
-kept 84 and 91 % of its rate alone.
+beside a bulk stream: p50 89 ms and p99 125 ms without the limit (texts of 14 tokens), 45 and 100 ms with it (of 40);
+bulk kept 84 and 91 % of its rate alone.
 """
 
 from __future__ import annotations
