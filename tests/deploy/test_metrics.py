@@ -1,0 +1,104 @@
+"""What deploy/ says of metrics, flags and ports is what the code has. Needs no tool."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prometheus_client import CollectorRegistry
+
+from embedmesh_server.metrics import EncoderMetrics, GatewayMetrics, ServerMetrics
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+FILES = DEPLOY / "chart/files"
+
+
+def exported() -> dict[str, str]:
+    """Every name on /metrics -> the metric it belongs to."""
+    registry = CollectorRegistry()
+    ServerMetrics(registry, "any")
+    EncoderMetrics(registry)
+    GatewayMetrics(registry)
+    names: dict[str, str] = {}
+    for metric in registry.collect():
+        endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(metric.type, ("",))
+        names |= {metric.name + ending: metric.name for ending in endings}
+    return names
+
+
+def texts() -> dict[Path, str]:
+    """Every text file of deploy/ but this list's own."""
+    return {
+        path: path.read_text()
+        for path in sorted(DEPLOY.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts and path != DEPLOY / "README.md"
+    }
+
+
+def named() -> set[str]:
+    """Every metric that deploy/ names, outside of its README."""
+    found = set()
+    for text in texts().values():
+        found |= set(re.findall(r"\b(?:embedmesh|process|python)_[a-z0-9_]+\b", text))
+    # Names of packages, commands and scripts, which look alike.
+    return found - {"embedmesh_gateway", "embedmesh_encoder", "embedmesh_server", "embedmesh_cli"}
+
+
+def documented() -> str:
+    (section,) = re.findall(
+        r"### Metrics that nothing here names\n(.*?)\n#", (DEPLOY / "README.md").read_text(), re.DOTALL
+    )
+    return str(section)
+
+
+def test_every_metric_named_exists() -> None:
+    known = exported()
+    in_prose = set(known.values())
+    assert sorted(name for name in named() if name not in known and name not in in_prose) == []
+
+
+def test_queries_use_exported_names() -> None:
+    """Prose may say embedmesh_requests; a query must say embedmesh_requests_total."""
+    known = exported()
+    rules = yaml.safe_load((FILES / "rules.yaml").read_text())
+    queries = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    board = json.loads((FILES / "dashboard.json").read_text())
+    queries += [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    for query in queries:
+        metrics = set(re.findall(r"(?<![:\w])(?:embedmesh|process)_\w+", query))
+        assert metrics <= set(known), query
+
+
+def test_metrics_that_nothing_names_are_documented() -> None:
+    known = exported()
+    unnamed = set(known.values()) - {known.get(name, name) for name in named()}
+    assert set(re.findall(r"`((?:embedmesh|process|python)_\w+)`", documented())) == unnamed
+
+
+def test_recorded_names_that_are_used_are_recorded() -> None:
+    rules = yaml.safe_load((FILES / "rules.yaml").read_text())
+    recorded = {rule["record"] for group in rules["groups"] for rule in group["rules"] if "record" in rule}
+    for text in texts().values():
+        assert set(re.findall(r"\bembedmesh:\w+:\w+", text)) <= recorded
+
+
+def test_every_alert_says_what_to_do() -> None:
+    rules = yaml.safe_load((FILES / "rules.yaml").read_text())
+    alerts = [rule for group in rules["groups"] for rule in group["rules"] if "alert" in rule]
+    for alert in alerts:
+        assert alert["labels"]["severity"] in {"critical", "warning", "info"}
+        assert len(alert["annotations"]["runbook"]) > 100, alert["alert"]
+    tested = (DEPLOY / "prometheus/rules_test.yaml").read_text()
+    assert [alert["alert"] for alert in alerts if f'alertname="{alert["alert"]}"' not in tested] == []
+
+
+def test_flags_in_runbooks_exist() -> None:
+    from embedmesh_encoder.settings import AudioSettings, ImageSettings, TextSettings
+    from embedmesh_gateway.settings import GatewaySettings
+
+    kinds: Any = (GatewaySettings, TextSettings, ImageSettings, AudioSettings)
+    flags = {"--" + name.replace("_", "-") for kind in kinds for name in kind.model_fields}
+    for path in (FILES / "rules.yaml", FILES / "dashboard.json"):
+        assert set(re.findall(r"--[a-z][a-z-]+", path.read_text())) <= flags
