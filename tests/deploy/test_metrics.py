@@ -102,3 +102,24 @@ def test_flags_in_runbooks_exist() -> None:
     flags = {"--" + name.replace("_", "-") for kind in kinds for name in kind.model_fields}
     for path in (FILES / "rules.yaml", FILES / "dashboard.json"):
         assert set(re.findall(r"--[a-z][a-z-]+", path.read_text())) <= flags
+
+
+def test_panels_stand_beside_each_other() -> None:
+    board = json.loads((FILES / "dashboard.json").read_text())
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    taken: set[tuple[int, int]] = set()
+    for panel in board["panels"]:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert at["x"] + at["w"] <= 24, panel["title"]
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+def test_the_adapter_serves_what_autoscalers_ask_for() -> None:
+    values = yaml.safe_load((DEPLOY / "prometheus/adapter-values.yaml").read_text())
+    (rule,) = values["rules"]["custom"]
+    pattern = re.search(r'__name__=~"(.+?)"', rule["seriesQuery"])
+    assert pattern
+    asked = set(re.findall(r"name: (embedmesh_\w+)", (DEPLOY / "chart/templates/_helpers.tpl").read_text()))
+    assert asked == {name for name in exported() if re.search(pattern[1], name)}
