@@ -3,16 +3,27 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 from prometheus_client import CollectorRegistry
 
+from embedmesh_encoder.settings import AudioSettings, ImageSettings, TextSettings
+from embedmesh_gateway.settings import GatewaySettings
 from embedmesh_server.metrics import EncoderMetrics, GatewayMetrics, ServerMetrics
+from embedmesh_server.settings import NodeSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 FILES = DEPLOY / "chart/files"
+KINDS: tuple[type[NodeSettings], ...] = (GatewaySettings, TextSettings, ImageSettings, AudioSettings)
+# Flags of helm, kubectl, docker, promtool, k6, Prometheus and Valkey, and of `embedmesh models`, in texts of deploy/.
+OTHERS = {
+    *("--set", "--values", "--install", "--namespace", "--strict", "--help", "--address"),
+    *("--from-literal", "--kustomize", "--follow"),
+    *("--file", "--target", "--tag", "--build", "--wait"),
+    *("--summary-export", "--config", "--storage"),
+    *("--bind", "--save", "--appendonly", "--loglevel", "--maxmemory", "--maxmemory-policy", "--protected-mode"),
+}
 
 
 def exported() -> dict[str, str]:
@@ -94,14 +105,39 @@ def test_every_alert_says_what_to_do() -> None:
     assert [alert["alert"] for alert in alerts if f'alertname="{alert["alert"]}"' not in tested] == []
 
 
-def test_flags_in_runbooks_exist() -> None:
-    from embedmesh_encoder.settings import AudioSettings, ImageSettings, TextSettings
-    from embedmesh_gateway.settings import GatewaySettings
+def test_every_flag_named_exists() -> None:
+    """Also in prose; those of other programs are listed, so that a misspelt one of ours is none of them."""
+    known = {"--" + name.replace("_", "-") for kind in KINDS for name in kind.model_fields} | OTHERS
+    for path, text in texts().items():
+        if path.suffix in {".md", ".yaml", ".yml", ".json", ".txt"}:
+            assert sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known) == [], path
+    readme = (DEPLOY / "README.md").read_text()
+    assert sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) - known) == []
 
-    kinds: Any = (GatewaySettings, TextSettings, ImageSettings, AudioSettings)
-    flags = {"--" + name.replace("_", "-") for kind in kinds for name in kind.model_fields}
-    for path in (FILES / "rules.yaml", FILES / "dashboard.json"):
-        assert set(re.findall(r"--[a-z][a-z-]+", path.read_text())) <= flags
+
+def test_every_variable_named_exists() -> None:
+    known = {
+        f"EMBEDMESH_{prefix}_{name.upper()}"
+        for prefix, kind in zip(("GATEWAY", "TEXT", "IMAGE", "AUDIO"), KINDS, strict=True)
+        for name in kind.model_fields
+    }
+    for path, text in texts().items():
+        assert set(re.findall(r"EMBEDMESH_[A-Z_]+", text)) <= known | {"EMBEDMESH_CACHE_DIR"}, path
+
+
+def test_ports_are_those_of_the_code() -> None:
+    """Of the chart's containers; whoever reads `--help` should find the same numbers in the cluster."""
+    helpers = (DEPLOY / "chart/templates/_helpers.tpl").read_text()
+    defaults = {kind: (kind.model_fields["port"].default, kind.model_fields["http_port"].default) for kind in KINDS}
+    ports, http_ports = (
+        dict(re.findall(r'"(\w+)" (\d+)', line)) for line in re.findall(r"get \(dict (.*)\) \. -}}", helpers)
+    )
+    for modality, kind in zip(("text", "image", "audio"), KINDS[1:], strict=True):
+        assert (int(ports[modality]), int(http_ports[modality])) == defaults[kind]
+    gateway = (DEPLOY / "chart/templates/gateway.yaml").read_text()
+    assert "--port={} --http-port={}".format(*re.findall(r"--(?:http-)?port=(\d+)", gateway)) == (
+        "--port={} --http-port={}".format(*defaults[GatewaySettings])
+    )
 
 
 def test_panels_stand_beside_each_other() -> None:
