@@ -125,6 +125,11 @@ def test_older_kubernetes_is_refused(helm: Any) -> None:
             ],
             "must make the same vectors",
         ),
+        # backend auto would take the GPU where there is one.
+        (
+            ["encoders.more.modality=text,encoders.more.models.paths={/models/text},encoders.more.gpu.count=1"],
+            "GPUs to all or none",
+        ),
     ],
 )
 def test_impossible_values_are_refused(helm: Any, values: list[str], sentence: str) -> None:
@@ -187,6 +192,16 @@ def test_threads_follow_from_the_cores_of_the_container(render: Any, resources: 
         s for n, s, _ in pods(render(None, f"--set=encoderDefaults.resources.{resources}")) if n.endswith("-text")
     ]
     assert f"--threads={threads}" in spec["containers"][0]["args"]
+
+
+def test_gpus_are_asked_for_by_name(render: Any) -> None:
+    found = {name: spec["containers"][0] for name, spec, _ in pods(render(CHART / "ci/gpu.yaml"))}
+    text, image, audio = (found[f"mesh-embedmesh-{modality}"] for modality in ("text", "image", "audio"))
+    assert text["resources"]["limits"] == {"memory": "8Gi", "nvidia.com/gpu": 1}
+    assert image["resources"]["limits"] == {"memory": "1Gi", "nvidia.com/mig-1g.10gb": 1}
+    assert audio["resources"]["limits"] == {"memory": "1Gi"}
+    assert text["image"] == "embedmesh-encoder-gpu:0.1.0"
+    assert audio["image"] == "embedmesh-encoder-cpu:0.1.0"
 
 
 def test_pods_are_restricted(rendered: Any) -> None:

@@ -292,9 +292,9 @@ spec:
 {{- if and (has $backend (list "openvino" "onnxruntime" "fake" "triton")) $gpus }}{{ fail (printf "%s: backend %s uses no GPU of its pod, and %d would be reserved: set %s.gpu.count=0, or backend cuda, tensorrt or auto." $where $backend $gpus $where) }}{{ end -}}
 {{- if and (dig "compile_cache" "" $encoder.settings) (not (hasPrefix "/tmp/" $encoder.settings.compile_cache)) }}{{ fail (printf "%s.settings.compile_cache: the root file system is read-only: set %s.compileCache.sizeLimit instead, which mounts a volume for it." $where $where) }}{{ end -}}
 {{- if and (not $encoder.maxSurge) (not $encoder.maxUnavailable) }}{{ fail (printf "%s: maxSurge and maxUnavailable are both 0, so no upgrade could begin: set one of them to 1." $where) }}{{ end -}}
-{{- $makes := dict "paths" $encoder.models.paths "backend" $backend "precision" (dig "precision" "model" $encoder.settings) -}}
+{{- $makes := dict "paths" $encoder.models.paths "backend" $backend "precision" (dig "precision" "model" $encoder.settings) "gpu" (gt $gpus 0) -}}
 {{- with get $ofModality $encoder.modality -}}
-{{- if ne (toJson .makes) (toJson $makes) }}{{ fail (printf "encoders.%s and %s are both for %s, and the gateway calls them in turns, so they must make the same vectors: give them the same models.paths, settings.backend and settings.precision, or install a second release." .name $where $encoder.modality) }}{{ end -}}
+{{- if ne (toJson .makes) (toJson $makes) }}{{ fail (printf "encoders.%s and %s are both for %s, and the gateway calls them in turns, so they must make the same vectors: give them the same models.paths, settings.backend and settings.precision, GPUs to all or none, or install a second release." .name $where $encoder.modality) }}{{ end -}}
 {{- end -}}
 {{- $_ := set $ofModality $encoder.modality (dict "name" $name "makes" $makes) -}}
 {{- end -}}
