@@ -204,6 +204,13 @@ def test_gpus_are_asked_for_by_name(render: Any) -> None:
     assert audio["image"] == "embedmesh-encoder-cpu:0.1.0"
 
 
+def test_the_example_of_the_readme_renders(render: Any, tmp_path: Path) -> None:
+    (values,) = re.findall(r"```yaml\n(.*?)```", (CHART / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "values.yaml").write_text(values)
+    names = {name for name, _, _ in pods(render(tmp_path / "values.yaml"))}
+    assert names == {f"mesh-embedmesh-{role}" for role in ("gateway", "text", "image", "valkey", "test")}
+
+
 def test_pods_are_restricted(rendered: Any) -> None:
     for name, spec, _ in pods(rendered):
         assert spec["automountServiceAccountToken"] is False, name
