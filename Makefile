@@ -6,7 +6,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo up test check check-style check-types check-imports check-contract check-package proto \
-        starter starter-figures test-torch test-node test-triton bench bench-peers lock clean
+        starter starter-figures test-torch test-node test-triton check-deploy bench bench-peers lock clean
 
 PY := .venv/bin/python
 ARGS ?=
@@ -16,7 +16,7 @@ export ORT_DISABLE_TELEMETRY := 1
 
 # An environment does not survive a move of its folder: forget it then, install.sh makes it anew.
 ifneq ($(shell cat .venv/home 2>/dev/null),$(shell pwd -P))
-$(shell rm -f .venv/serve.stamp .venv/dev.stamp .venv-torch/*.stamp .venv-triton/triton.stamp)
+$(shell rm -f .venv/serve.stamp .venv/dev.stamp .venv-deploy/deploy.stamp .venv-torch/*.stamp .venv-triton/triton.stamp)
 endif
 
 help: ## Print this help
@@ -30,7 +30,7 @@ up: .venv/serve.stamp ## Run the mesh on this machine until Ctrl-C (ARGS="--help
 	@$(PY) -m embedmesh_cli up $(ARGS)
 
 test: .venv/dev.stamp ## Run the tests, real processes included
-	$(PY) -m pytest -m "not torch and not node and not triton" $(ARGS)
+	$(PY) -m pytest -m "not torch and not node and not triton and not deploy" $(ARGS)
 
 check: check-style check-types check-imports check-contract check-package ## Lint, types, imports, contract, packaging
 	@echo "check: all good"
@@ -77,6 +77,10 @@ test-node: .venv/dev.stamp ## Call the gateway from JavaScript (needs node and n
 test-triton: .venv/dev.stamp .venv-triton/triton.stamp ## Run a model in a real Triton server (installs it into .venv-triton)
 	$(PY) -m pytest -m triton $(ARGS)
 
+check-deploy: .venv/dev.stamp .venv-deploy/deploy.stamp ## Check chart, images, rules, dashboard, load tests (tools in .venv-deploy)
+	$(PY) deploy/generate.py --check
+	$(PY) -m pytest tests/deploy $(ARGS)
+
 bench: .venv/dev.stamp ## Measure it all into build/bench (ARGS="text cached --rounds 3", ARGS=--list)
 	@$(PY) -m embedmesh_cli bench --output build/bench $(ARGS)
 
@@ -88,7 +92,7 @@ lock: .venv/serve.stamp ## Lock the newest versions that pyproject.toml allows
 	sh requirements/lock.sh .venv/uv/bin/uv
 
 clean: ## Remove everything that make made here (not the models in your cache folder)
-	rm -rf .venv .venv-torch .venv-triton .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage dist build
+	rm -rf .venv .venv-deploy .venv-torch .venv-triton .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage dist build
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 .venv/serve.stamp: requirements/serve.txt requirements/install.sh pyproject.toml
@@ -102,6 +106,11 @@ clean: ## Remove everything that make made here (not the models in your cache fo
 
 .venv-triton/triton.stamp: requirements/triton.txt requirements/install.sh
 	@VENV=.venv-triton sh requirements/install.sh triton
+	@touch $@
+
+.venv-deploy/deploy.stamp: requirements/deploy.txt requirements/install.sh deploy/tools.sh
+	@VENV=.venv-deploy sh requirements/install.sh deploy
+	@sh deploy/tools.sh .venv-deploy/bin
 	@touch $@
 
 .venv-torch/dev.stamp: requirements/dev.txt requirements/sdist.txt requirements/install.sh pyproject.toml

@@ -6,6 +6,7 @@
 #   VENV=.venv-torch sh requirements/install.sh dev torch         the reference library besides
 #   VENV=.venv-torch sh requirements/install.sh starter           and what the starter models are made with
 #   VENV=.venv-triton sh requirements/install.sh triton           a real Triton server, without the project
+#   VENV=.venv-deploy sh requirements/install.sh deploy           what checks and loads deploy/, without the project
 #
 # Needs sh, Python >= 3.11 with its venv module, and a package index that pip can reach (your own pip
 # configuration counts). Everything comes as wheels with pinned hashes: no compiler. Each thing that can be
@@ -77,6 +78,6 @@ fi
 if [ "$extra" = torch ]; then
     pip_install torch==2.13.0 'transformers>=5.23,<5.25' 'sentence-transformers>=6.2,<6.3'
 fi
-if [ "$lock" != triton ]; then
+if [ "$lock" != triton ] && [ "$lock" != deploy ]; then
     pip_install --no-build-isolation --no-deps --no-index --editable .
 fi
