@@ -4,93 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry
 
-from embedmesh.v1 import catalog_pb2, catalog_pb2_grpc, gateway_pb2, gateway_pb2_grpc
-from embedmesh_gateway.cache import VectorCache
-from embedmesh_gateway.catalog import Catalog
-from embedmesh_gateway.router import Router
-from embedmesh_gateway.service import CatalogServicer, GatewayServicer
 from embedmesh_gateway.settings import GatewaySettings
-from embedmesh_gateway.upstream import Upstream
+from embedmesh_gateway.wiring import running, work
+from embedmesh_gateway.workers import Workers
 from embedmesh_server import logs
-from embedmesh_server.metrics import GatewayMetrics
-from embedmesh_server.node import BindError, Node, stop_on_signal
+from embedmesh_server.node import BindError, stop_on_signal
 from embedmesh_server.settings import load
 
-__all__ = ["main", "running"]
-
-_GATEWAY = gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name
-_CATALOG = catalog_pb2.DESCRIPTOR.services_by_name["ModelCatalog"].full_name
-
-
-@asynccontextmanager
-async def running(settings: GatewaySettings, registry: CollectorRegistry) -> AsyncIterator[Node]:
-    """Run a gateway; leaving drains it, then writes what the cache still holds back.
-
-    It becomes ready with the first ready model, and stays so while encoders come and go: what is cached
-    can be answered without them, and the rest gets an error that says which encoder is missing.
-    """
-    metrics = GatewayMetrics(registry)
-    async with AsyncExitStack() as stack:
-        cache = await stack.enter_async_context(
-            VectorCache(
-                settings.redis_url,
-                memory_bytes=settings.cache_memory_bytes,
-                ttl=settings.cache_ttl_seconds,
-                timeout=settings.cache_timeout_ms / 1000,
-                breaker_failures=settings.cache_breaker_failures,
-                breaker_pause=settings.cache_breaker_seconds,
-                metrics=metrics,
-            )
-        )
-        upstreams = {
-            modality: await stack.enter_async_context(
-                Upstream(
-                    modality,
-                    target,
-                    max_message_bytes=settings.max_message_bytes,
-                    longest_call=settings.default_timeout_seconds,
-                    metrics=metrics,
-                )
-            )
-            for modality, target in settings.targets.items()
-        }
-        node = Node(settings, role="gateway", registry=registry, services=(_GATEWAY, _CATALOG))
-        catalog = Catalog(
-            upstreams,
-            refresh_seconds=settings.catalog_refresh_seconds,
-            metrics=metrics,
-            on_ready=lambda: node.set_ready(_GATEWAY, True),
-        )
-        router = Router(
-            catalog,
-            upstreams,
-            cache,
-            metrics,
-            max_inputs=settings.max_inputs,
-            max_inflight_inputs=settings.max_inflight_inputs,
-        )
-        gateway_pb2_grpc.add_GatewayServicer_to_server(
-            GatewayServicer(
-                router, default_timeout=settings.default_timeout_seconds, stream_window=settings.stream_window
-            ),
-            node.server,
-        )
-        catalog_pb2_grpc.add_ModelCatalogServicer_to_server(CatalogServicer(catalog), node.server)
-        # Closed in the reverse order: the node drains while catalog, channels and cache still work.
-        stack.push_async_callback(catalog.aclose)
-        await stack.enter_async_context(node)
-        node.set_ready(_CATALOG, True)
-        catalog.start()
-        yield node
+__all__ = ["main"]
 
 
 async def _serve(settings: GatewaySettings) -> None:
     stop = stop_on_signal()
+    if settings.workers > 1:
+        await Workers(settings, work).run(stop)
+        return
     async with running(settings, CollectorRegistry()) as node:
         await node.run(stop)
 

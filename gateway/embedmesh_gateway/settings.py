@@ -78,6 +78,9 @@ class GatewaySettings(NodeSettings):
         8192, ge=1, description="Most inputs being served at a time; more are refused. Bulk work may take half."
     )
     stream_window: int = Field(4, ge=1, description="Chunks of one EmbedStream being served at a time.")
+    workers: int = Field(
+        1, ge=1, le=256, description="Processes that share the port, each with its part of cache and in-flight inputs."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

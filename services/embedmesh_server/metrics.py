@@ -19,7 +19,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 
-__all__ = ["EncoderMetrics", "GatewayMetrics", "ServerMetrics"]
+__all__ = ["EncoderMetrics", "GatewayMetrics", "ServerMetrics", "WorkersMetrics"]
 
 # 0.5 ms (a cache hit) to 60 s (the default deadline), two to three steps a decade.
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -186,5 +186,16 @@ class GatewayMetrics:
             "embedmesh_gateway_model_info",
             "Always 1; the labels describe a model behind the gateway.",
             ["model", "revision", "space", "modality", "family"],
+            registry=registry,
+        )
+
+
+class WorkersMetrics:
+    """What a gateway of several processes says of them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.restarts = Counter(
+            "embedmesh_gateway_worker_restarts",
+            "Workers that ended by themselves and were started again.",
             registry=registry,
         )

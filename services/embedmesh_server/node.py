@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, Self, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -27,7 +28,7 @@ from embedmesh_server.interceptor import Boundary
 from embedmesh_server.metrics import ServerMetrics
 from embedmesh_server.settings import NodeSettings
 
-__all__ = ["BindError", "Node", "stop_on_signal"]
+__all__ = ["BindError", "HttpEndpoint", "Node", "stop_on_signal", "taken", "write_ready_file"]
 
 _log = logging.getLogger(__name__)
 
@@ -60,22 +61,40 @@ def stop_on_signal() -> asyncio.Event:
     return stop
 
 
+def write_ready_file(path: Path | None, *, grpc: str, http: str) -> None:
+    """Tell whoever started this process where it answers, in one piece; without a path nobody wants to know."""
+    if path is not None:
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(json.dumps({"grpc": grpc, "http": http, "pid": os.getpid()}), encoding="utf-8")
+        partial.replace(path)
+
+
 class Node:
-    """One serving process.
+    """One serving process, or one of several that share a port.
 
     Add servicers to `server`, then `start()`; health is NOT_SERVING until `set_ready` was
     called for every service named in `services`. `run()` serves until an event, see `stop_on_signal`.
     """
 
     def __init__(
-        self, settings: NodeSettings, *, role: str, registry: CollectorRegistry, services: Sequence[str]
+        self,
+        settings: NodeSettings,
+        *,
+        role: str,
+        registry: CollectorRegistry,
+        services: Sequence[str],
+        share_port: bool = False,
     ) -> None:
         self._settings = settings
+        # One of several processes on a port is asked by the one that started it.
+        self._http_host = "127.0.0.1" if share_port else settings.host
         self._role = role
         self._registry = registry
         self._ready = dict.fromkeys(services, False)
         self._health = HealthServicer()
-        self._http: _HttpEndpoint | None = None
+        self._http: HttpEndpoint | None = None
+        self._last_beat = time.monotonic()
+        self._has_process = False
         self._stopping = False
         self._tasks: set[asyncio.Future[None]] = set()
         self.grpc_address = ""
@@ -93,8 +112,8 @@ class Node:
                 # Let clients ping every 10 s, also while idle, to notice a dead peer.
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-                # Two processes on one port would share its calls unseen.
-                ("grpc.so_reuseport", 0),
+                # Two processes on one port share its connections, unseen where they do not mean to.
+                ("grpc.so_reuseport", int(share_port)),
             ],
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
@@ -122,10 +141,16 @@ class Node:
         try:
             bound = self.server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         except RuntimeError as error:
-            raise BindError(_taken(host, port, "--port")) from error
+            raise BindError(taken(host, port, "--port")) from error
         self.grpc_address = f"{host}:{bound}"
-        self._http = _HttpEndpoint(host, self._settings.http_port, self._registry, lambda: self.is_ready)
-        self.http_address = f"{host}:{self._http.port}"
+        self._http = HttpEndpoint(
+            self._http_host,
+            self._settings.http_port,
+            self._registry,
+            is_alive=self._is_alive,
+            is_ready=lambda: self.is_ready,
+        )
+        self.http_address = f"{self._http_host}:{self._http.port}"
         await self.server.start()
         self._http.start()
         self._spawn(self._beat())
@@ -140,35 +165,30 @@ class Node:
             # Only takes an uncontended lock; once the node drains, later states are ignored.
             self._spawn(self._health.set(name, _SERVING if good else _NOT_SERVING))
         if self.is_ready and not before:
-            # What starting made stays. A full collection that looks at all of it again stops everything for 25 ms.
-            if not gc.get_freeze_count():
+            if self._has_process and not gc.get_freeze_count():
+                # What starting made stays. A full collection that looks at it again stops everything for 25 ms.
                 gc.collect()
                 gc.freeze()
             _log.info("ready", extra={"grpc": self.grpc_address})
-            self._write_ready_file()
+            write_ready_file(self._settings.ready_file, grpc=self.grpc_address, http=self.http_address)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _write_ready_file(self) -> None:
-        path = self._settings.ready_file
-        if path is None:
-            return
-        content = {"grpc": self.grpc_address, "http": self.http_address, "pid": os.getpid()}
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.replace(path)
-
     async def run(self, stop: asyncio.Event) -> None:
-        """Serve until `stop` is set, then drain."""
+        """Serve until `stop` is set, then drain; the process has no other work."""
+        self._has_process = True
         await stop.wait()
         await self.stop()
 
+    def _is_alive(self) -> bool:
+        return time.monotonic() - self._last_beat < _STUCK_SECONDS
+
     async def _beat(self) -> None:
         while self._http is not None:
-            self._http.beat = time.monotonic()
+            self._last_beat = time.monotonic()
             await asyncio.sleep(_STUCK_SECONDS / 10)
 
     async def stop(self) -> None:
@@ -191,7 +211,8 @@ class Node:
         await self.stop()
 
 
-def _taken(host: str, port: int, flag: str) -> str:
+def taken(host: str, port: int, flag: str) -> str:
+    """Say what to do about a port that cannot be had."""
     return (
         f"cannot listen on {host}:{port}: the port is taken by another process, or not allowed. "
         f"Find it with `ss -ltnp 'sport = :{port}'`, or choose another with {flag} ({flag} 0 takes any free one)."
@@ -215,19 +236,30 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
 
-class _HttpEndpoint:
-    """/metrics, /healthz and /readyz on a thread of its own, so that they answer under load."""
+class HttpEndpoint:
+    """/metrics, /healthz and /readyz on a thread of its own, so that they answer under load.
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry, is_ready: Callable[[], bool]) -> None:
+    Raises:
+        BindError: The port is taken or not allowed.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        *,
+        is_alive: Callable[[], bool],
+        is_ready: Callable[[], bool],
+    ) -> None:
         metrics = make_wsgi_app(registry)
-        self.beat = time.monotonic()
 
         def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             path = environ.get("PATH_INFO")
             if path == "/metrics":
                 return cast("Iterable[bytes]", metrics(environ, start_response))
             if path == "/healthz":
-                good, text = time.monotonic() - self.beat < _STUCK_SECONDS, "event loop"
+                good, text = is_alive(), "event loop"
             elif path == "/readyz":
                 good, text = is_ready(), "services"
             else:
@@ -242,13 +274,15 @@ class _HttpEndpoint:
         try:
             self._server = make_server(host, port, app, Server, _QuietHandler)
         except OSError as error:
-            raise BindError(_taken(host, port, "--http-port")) from error
+            raise BindError(taken(host, port, "--http-port")) from error
         self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
 
     def start(self) -> None:
+        """Answer from now on."""
         self._thread.start()
 
     def stop(self) -> None:
+        """Answer no more."""
         self._server.shutdown()
         self._server.server_close()

@@ -39,9 +39,9 @@ from embedmesh.v1 import (
     text_pb2_grpc,
 )
 from embedmesh.v1 import embedding_pb2 as pb
-from embedmesh_gateway.__main__ import running
 from embedmesh_gateway.cache import VectorCache
 from embedmesh_gateway.settings import GatewaySettings
+from embedmesh_gateway.wiring import running
 from embedmesh_server.interceptor import Boundary
 from embedmesh_server.metrics import GatewayMetrics, ServerMetrics
 

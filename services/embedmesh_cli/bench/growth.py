@@ -6,22 +6,26 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
 from typing import Any, Final, Self
 
 import psutil
 import redis.asyncio
 
-from embedmesh_cli.bench.load import Closed
+from embedmesh_cli.bench.load import Closed, Load
 from embedmesh_cli.bench.material import requests
 from embedmesh_cli.bench.measure import NOBODY, Measured, Spread
 from embedmesh_cli.bench.report import Check, Plot, Section, Series, Table, number, speed_table, tail_table
-from embedmesh_cli.bench.session import Session, Skipped, Target
+from embedmesh_cli.bench.session import Plan, Session, Skipped, Target
 from embedmesh_cli.mesh import Mesh, MeshOptions
 from embedmesh_encoder.backend.fake import write_model
 
 __all__ = ["cost", "resources", "scaling"]
 
 _REPLICAS: Final = (1, 2, 4)
+_WORKERS: Final = (1, 2, 4)
+_CONNECTIONS: Final = 16
 _EFFICIENCY: Final = 0.9
 # One batch at a time, of at most 32 texts, in 50 ms: 640 texts a second and replica, whatever the processor does.
 _BATCH, _BATCH_MS = 32, 50.0
@@ -62,7 +66,47 @@ async def scaling(session: Session) -> Section:
     series = [Series("measured", _REPLICAS, rates), Series("ideal", _REPLICAS, ideal)]
     section.plots.append(Plot("replicas", "encoder replicas", "texts/s", series))
     section.data["rows"] = _as_data(rows)
+    section.data["workers"] = _as_data(await _by_workers(session, section, texts))
     return section
+
+
+async def _by_workers(session: Session, section: Section, texts: Sequence[str]) -> dict[str, list[Measured]]:
+    """Gateways that share a port. They are bound by the cores, so what counts is what a core gives."""
+    payloads = requests("gateway", texts, _BATCH, cache="read_write")
+    async with AsyncExitStack() as stack:
+        folder = stack.enter_context(session.folder())
+        write_model(folder, max_input_units=1024)
+        plans: dict[str, Plan] = {}
+        for count in _WORKERS:
+            target = await stack.enter_async_context(
+                session.mesh(redis="none", text_models=(folder,), gateway={"workers": count})
+            )
+            load = session.load("gateway", target.address, payloads, Closed(_CONNECTIONS), connections=_CONNECTIONS)
+            # Each worker has a memory of its own: the warm-up fills them.
+            plans[_workers(count)] = partial(_first, session, target, replace(load, warm_seconds=3.0))
+        rows = await session.rounds(plans)
+    section.tables.append(
+        speed_table(f"texts from the cache, {_CONNECTIONS} connections with a caller of 32 each", rows)
+    )
+    costs = [Spread.of(each.cpu_ms_per_vector for each in rows[_workers(count)]).median for count in _WORKERS]
+    cores = psutil.cpu_count() or 1
+    section.notes.append(
+        f"workers and the generator share {cores} cores; where they have none each, nothing is judged."
+    )
+    for count, cost in list(zip(_WORKERS, costs, strict=True))[1:]:
+        if count >= cores:
+            break
+        claim = f"a core gives with {count} gateway workers at least {_EFFICIENCY:.0%} of what it gives with one"
+        section.checks.append(Check(claim, f"{costs[0] / cost:.0%}", costs[0] / cost >= _EFFICIENCY))
+    return rows
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker{'s' if count > 1 else ''}"
+
+
+async def _first(session: Session, target: Target, load: Load) -> Measured:
+    return (await session.measure(target.observer, load))[0]
 
 
 async def cost(session: Session) -> Section:

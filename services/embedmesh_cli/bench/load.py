@@ -17,6 +17,7 @@ beforehand; answers are parsed, as every caller must.
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
 import re
 import selectors
@@ -27,7 +28,7 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, cycle
 from typing import Any, Final, Literal, Self, TypeAlias, TypeVar
 
 import grpc
@@ -56,6 +57,8 @@ _OPTIONS: Final = (
     # What is refused must be seen, not sent again unseen.
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
+    # Each channel a connection of its own.
+    ("grpc.use_local_subchannel_pool", 1),
 )
 # Between "all are connected" and the first call.
 _LEAD_SECONDS: Final = 0.05
@@ -114,6 +117,7 @@ class Load:
         timeout: Seconds after which a call is given up.
         path: Of the URL; "http" only.
         units: Of each payload, where the server does not tell; "http" only.
+        connections: So many, taken in turn; unary calls only.
     """
 
     wire: Wire
@@ -126,6 +130,7 @@ class Load:
     timeout: float = 60.0
     path: str = ""
     units: Sequence[int] = ()
+    connections: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,6 +391,9 @@ def work() -> None:
     with asyncio.Runner(loop_factory=loop) as runner:
         while True:
             load = receive()
+            # A pause of the collector (20 ms) would be taken for one of the server.
+            gc.collect()
+            gc.freeze()
             try:
                 calls = runner.run(serve(load))
             except Exception:  # noqa: BLE001  (told to the parent, which decides)
@@ -406,22 +414,29 @@ async def _open(load: Load) -> AsyncIterator[Call]:
         finally:
             http.close()
         return
-    async with grpc.aio.insecure_channel(load.address, options=_OPTIONS) as channel:
+    async with AsyncExitStack() as stack:
+        channels = [
+            await stack.enter_async_context(grpc.aio.insecure_channel(load.address, options=_OPTIONS))
+            for _ in range(load.connections)
+        ]
         async with asyncio.timeout(_CONNECT_SECONDS):
-            await channel.channel_ready()
+            for channel in channels:
+                await channel.channel_ready()
         if load.wire == "stream":
-            stream = _Stream(channel)
+            stream = _Stream(channels[0])
             try:
                 yield stream.call
             finally:
                 stream.close()
             return
         path, response = _UNARY[load.wire]
-        stub: Any = channel.unary_unary(path, response_deserializer=response.FromString)
+        stubs: Any = cycle(
+            [channel.unary_unary(path, response_deserializer=response.FromString) for channel in channels]
+        )
 
         async def call(payload: bytes) -> Answer:
             try:
-                return _count(await stub(payload, timeout=load.timeout))
+                return _count(await next(stubs)(payload, timeout=load.timeout))
             except grpc.aio.AioRpcError as error:
                 return Answer(error.code().name)
 

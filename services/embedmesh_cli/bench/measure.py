@@ -172,10 +172,13 @@ class Observer:
         # Reading the metrics costs the roles a few milliseconds of CPU: done outside the window.
         before = await self._samples()
         await asyncio.sleep(start - loop.time())
-        processes = {role: psutil.Process(pid) for role, pid in self._pids().items()}
-        begun = {role: _cpu(process) for role, process in processes.items()}
+        families = {role: _family(pid) for role, pid in self._pids().items()}
+        begun = {role: _cpu(family) for role, family in families.items()}
         await asyncio.sleep(end - loop.time())
-        use = {role: Use(_cpu(p) - begun[role], p.memory_info().rss) for role, p in processes.items()}
+        use = {
+            role: Use(_cpu(family) - begun[role], sum(process.memory_info().rss for process in family))
+            for role, family in families.items()
+        }
         after = await self._samples()
         counted = {
             role: {key: value - before[role].get(key, 0.0) for key, value in samples.items()}
@@ -192,9 +195,15 @@ class Observer:
 NOBODY: Final = Observer(dict, {})
 
 
-def _cpu(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+def _family(pid: int) -> list[psutil.Process]:
+    """A role's process, and its workers where it has some."""
+    process = psutil.Process(pid)
+    return [process, *process.children()]
+
+
+def _cpu(family: Sequence[psutil.Process]) -> float:
+    times = [process.cpu_times() for process in family]
+    return float(sum(each.user + each.system for each in times))
 
 
 def scrape(http_address: str) -> Samples:
