@@ -6,7 +6,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo up test check check-style check-types check-imports check-contract check-package proto \
-        starter starter-figures test-torch test-node test-triton check-deploy bench bench-peers lock clean
+        starter starter-figures test-torch test-node test-triton check-deploy bench bench-peers bench-gpu lock clean
 
 PY := .venv/bin/python
 ARGS ?=
@@ -16,7 +16,7 @@ export ORT_DISABLE_TELEMETRY := 1
 
 # An environment does not survive a move of its folder: forget it then, install.sh makes it anew.
 ifneq ($(shell cat .venv/home 2>/dev/null),$(shell pwd -P))
-$(shell rm -f .venv/serve.stamp .venv/dev.stamp .venv-deploy/deploy.stamp .venv-torch/*.stamp .venv-triton/triton.stamp)
+$(shell rm -f .venv/serve.stamp .venv/dev.stamp .venv-deploy/deploy.stamp .venv-gpu/*.stamp .venv-torch/*.stamp .venv-triton/triton.stamp)
 endif
 
 help: ## Print this help
@@ -87,12 +87,15 @@ bench: .venv/dev.stamp ## Measure it all into build/bench (ARGS="text cached --r
 bench-peers: .venv/dev.stamp ## Measure other servers beside it, in environments of their own (4 GB, once)
 	@$(PY) -m embedmesh_cli bench peers --peers tests/bench/peers --output build/bench-peers $(ARGS)
 
+bench-gpu: .venv-gpu/dev.stamp ## Measure on an NVIDIA GPU: onnxruntime's CUDA against transformers in float16 (8 GB, once)
+	@.venv-gpu/bin/python -m embedmesh_cli bench library --output build/bench-gpu $(ARGS)
+
 lock: .venv/serve.stamp ## Lock the newest versions that pyproject.toml allows
 	$(PY) -m pip install --quiet --disable-pip-version-check --target .venv/uv --upgrade uv==0.13.9
 	sh requirements/lock.sh .venv/uv/bin/uv
 
 clean: ## Remove everything that make made here (not the models in your cache folder)
-	rm -rf .venv .venv-deploy .venv-torch .venv-triton .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage dist build
+	rm -rf .venv .venv-deploy .venv-gpu .venv-torch .venv-triton .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage dist build
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 .venv/serve.stamp: requirements/serve.txt requirements/install.sh pyproject.toml
@@ -115,6 +118,10 @@ clean: ## Remove everything that make made here (not the models in your cache fo
 
 .venv-torch/dev.stamp: requirements/dev.txt requirements/sdist.txt requirements/install.sh pyproject.toml
 	@VENV=.venv-torch sh requirements/install.sh dev torch
+	@touch $@
+
+.venv-gpu/dev.stamp: requirements/dev.txt requirements/sdist.txt requirements/gpu.txt requirements/install.sh pyproject.toml
+	@VENV=.venv-gpu sh requirements/install.sh dev gpu
 	@touch $@
 
 .venv-torch/starter.stamp: .venv-torch/dev.stamp requirements/starter.txt

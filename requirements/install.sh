@@ -4,6 +4,7 @@
 #   sh requirements/install.sh serve          .venv: what `make demo` and `make up` need
 #   sh requirements/install.sh dev            .venv: the same and the tools of `make test` and `make check`
 #   VENV=.venv-torch sh requirements/install.sh dev torch         the reference library besides
+#   VENV=.venv-gpu sh requirements/install.sh dev gpu             and onnxruntime for CUDA in place of the CPU's
 #   VENV=.venv-torch sh requirements/install.sh starter           and what the starter models are made with
 #   VENV=.venv-triton sh requirements/install.sh triton           a real Triton server, without the project
 #   VENV=.venv-deploy sh requirements/install.sh deploy           what checks and loads deploy/, without the project
@@ -51,6 +52,7 @@ if [ "$(cat "$venv/home" 2>/dev/null)" != "$here" ] || ! "$venv/bin/python" -c '
     need_mib=1000
     [ "$lock" != dev ] || need_mib=1250
     [ "$extra" != torch ] || need_mib=7000
+    [ "$extra" != gpu ] || need_mib=14000
     free_mib=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024) }')
     [ "$free_mib" -ge "$need_mib" ] ||
         fail "only $free_mib MiB are free on the disk of $here and about $need_mib are needed: make room and try again."
@@ -75,7 +77,12 @@ pip_install --require-hashes --no-deps $wheels -r "requirements/$lock.txt"
 if [ "$lock" = dev ]; then
     pip_install --require-hashes --no-build-isolation --no-deps -r requirements/sdist.txt
 fi
-if [ "$extra" = torch ]; then
+if [ "$extra" = gpu ]; then
+    # onnxruntime and onnxruntime-gpu write the same files: the one goes before the other comes.
+    "$venv/bin/python" -m pip uninstall --disable-pip-version-check --quiet --yes onnxruntime
+    pip_install --require-hashes --no-deps --only-binary :all: -r requirements/gpu.txt
+fi
+if [ "$extra" = torch ] || [ "$extra" = gpu ]; then
     pip_install torch==2.13.0 'transformers>=5.23,<5.25' 'sentence-transformers>=6.2,<6.3'
 fi
 if [ "$lock" != triton ] && [ "$lock" != deploy ]; then

@@ -24,7 +24,7 @@ from embedmesh_encoder.model import ModelSpec, load_spec
 from embedmesh_encoder.preparation import Prepared
 from embedmesh_encoder.text.preparer import fill_rows
 
-__all__ = ["Bound", "Pass"]
+__all__ = ["Bound", "Pass", "until_over"]
 
 Batch = Sequence[Prepared]
 
@@ -81,6 +81,11 @@ class Bound:
         self._preparer = kind.preparer(self.spec, settings)
         self._backend: Backend = create_backend(self.spec, BackendOptions(intra_op_threads=threads))
 
+    @property
+    def about(self) -> str:
+        """What runs the model."""
+        return f"{self._backend.name}, {self._backend.precision}"
+
     def __enter__(self) -> Self:
         return self
 
@@ -128,7 +133,7 @@ class Bound:
                 self.vectors(part)
 
         started, cpu = time.perf_counter(), time.process_time()
-        for batch in _while(batches, seconds):
+        for batch in until_over(batches, seconds):
             run(batch)
         elapsed, used = time.perf_counter() - started, time.process_time() - cpu
         return Pass(elapsed, len(sizes), sum(one.units for one in sizes), float("nan"), used)
@@ -136,7 +141,7 @@ class Bound:
     def alone(self, inputs: Sequence[Any], seconds: float) -> Latencies:
         """Seconds from an input to its vector, one after the other, nobody else."""
         taken = []
-        for each in _while(inputs, seconds):
+        for each in until_over(inputs, seconds):
             started = time.perf_counter()
             self.vectors(self.prepare([each]))
             taken.append(time.perf_counter() - started)
@@ -179,7 +184,7 @@ class Bound:
     ) -> Pass:
         inputs = real = computed = 0
         started, cpu = time.perf_counter(), time.process_time()
-        for batch in _while(batches, seconds):
+        for batch in until_over(batches, seconds):
             run(batch)
             inputs += len(batch)
             real += sum(one.units for one in batch)
@@ -187,7 +192,7 @@ class Bound:
         return Pass(time.perf_counter() - started, inputs, real, 1 - real / computed, time.process_time() - cpu)
 
 
-def _while(batches: Sequence[Any], seconds: float) -> Iterator[Any]:
+def until_over(batches: Sequence[Any], seconds: float) -> Iterator[Any]:
     """Give batches until the time is up, again and again, in a mixed order: those that ran stand for the rest."""
     order = np.random.default_rng(0).permutation(len(batches))
     end = time.perf_counter() + seconds

@@ -51,6 +51,7 @@ _SCENARIOS: Final = {
     "scaling": _Scenario("growth", "1, 2 and 4 replicas of an encoder with a fixed service time"),
     "cost": _Scenario("growth", "CPU over request size, batch size, width, entries of the cache"),
     "resources": _Scenario("growth", "memory, and the time from start to READY"),
+    "library": _Scenario("library", "transformers in process beside the mesh, on a GPU where one is", standard=False),
     "peers": _Scenario("peers", "other servers with the same model, side by side", standard=False),
 }
 

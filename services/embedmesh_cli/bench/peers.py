@@ -10,8 +10,8 @@ A folder describes them in `peers.toml`, a table for each:
     path = "/embeddings"                      # takes a POST of the OpenAI shape
     body = { model = "minilm" }               # beside "input"
 
-The model is the folder that its authors published (sentence-transformers layout). Before anything is timed, the
-peer's vectors are compared with those of the mesh. Whoever is not being measured is stopped (SIGSTOP), because
+The model is the folder that its authors published (sentence-transformers layout); the mesh may have the same weights on
+another backend (--text-model). Before anything is timed, the peer's vectors are compared with those of the mesh. Whoever is not being measured is stopped (SIGSTOP), because
 some servers spend processor time on waiting. Answers of peers are counted, not decoded, which favours them.
 """
 
@@ -118,10 +118,8 @@ async def peers(session: Session) -> Section:
     if session.options.peers is None:
         raise Skipped(f"name the folder of a {_FILE} with --peers DIR (in a checkout: tests/bench/peers).")
     folder = session.options.peers.resolve()
-    if session.options.address or session.options.models.get("text"):
-        raise UserError(
-            "peers: compares the starter model on this machine; leave --address and --text-model out.", USAGE
-        )
+    if session.options.address:
+        raise UserError("peers: compares servers on this machine; leave --address out.", USAGE)
     specs = read_specs(folder)
     material = session.material("text")
     section.notes.append(material.about())
@@ -133,6 +131,7 @@ async def peers(session: Session) -> Section:
     async with AsyncExitStack() as stack:
         target = await stack.enter_async_context(session.mesh("text", redis="none"))
         bound = await stack.enter_async_context(session.bound(target, "text", material.inputs))
+        section.notes.append(f"embedmesh: {bound.about}")
         running = [await stack.enter_async_context(_running(session, spec, folder, original)) for spec in specs]
         await _compare(target, running, material.inputs[:_BATCH])
         for peer in running:
