@@ -10,9 +10,10 @@ A folder describes them in `peers.toml`, a table for each:
     path = "/embeddings"                      # takes a POST of the OpenAI shape
     body = { model = "minilm" }               # beside "input"
 
-The model is the folder that its authors published (sentence-transformers layout); the mesh may have the same weights on
-another backend (--text-model). Before anything is timed, the peer's vectors are compared with those of the mesh. Whoever is not being measured is stopped (SIGSTOP), because
-some servers spend processor time on waiting. Answers of peers are counted, not decoded, which favours them.
+The model is the folder that its authors published (sentence-transformers layout); the mesh may have the same weights
+on another backend (--text-model). Before anything is timed, the peer's vectors are compared with those of the mesh.
+Whoever is not being measured is stopped (SIGSTOP), because some servers spend processor time on waiting. Answers of
+peers are counted, not decoded, which favours them.
 """
 
 from __future__ import annotations
