@@ -127,6 +127,6 @@ class AudioSettings(EncoderSettings):
     http_port: int = Field(
         9053, ge=0, le=65535, description="Port of /metrics, /healthz and /readyz; 0 takes any free one."
     )
-    batch_cost: int = Field(4096, ge=1, description="Most units (frames) in a batch; a longer sound goes alone.")
+    batch_cost: int = Field(1024, ge=1, description="Most units (frames) in a batch; a longer sound goes alone.")
     max_audio_bytes: int = Field(AudioLimits().bytes, ge=1, description="Longest sound file, in bytes.")
     max_audio_seconds: int = Field(int(AudioLimits().seconds), ge=1, description="Longest sound, in seconds.")
