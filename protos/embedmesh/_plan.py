@@ -430,8 +430,9 @@ class Plan:
             return
         models = [_model_ref(model) for model in response.models]
         output = self._options.template.output
+        kinds, dtype = frozenset(output.kinds), output.dtype
         results = {
-            index: _read_result(index, outcome, models, output)
+            index: _read_result(index, outcome, models, kinds, dtype)
             for (index, _), outcome in zip(asked, response.results, strict=True)
         }
         self._settle(part, results, now)
@@ -546,18 +547,22 @@ def _read_result(
     index: int,
     outcome: embedding_pb2.EmbedResult,
     models: Sequence[ModelRef],
-    output: embedding_pb2.OutputOptions,
+    kinds: frozenset[int],
+    dtype: int,
 ) -> EmbedResult:
     if outcome.HasField("error"):
         error = from_status(outcome.error)
         error.field = _INDEX.sub(f"inputs[{index}]", error.field)
         return EmbedResult(index, error=error, input_units=outcome.input_units)
     embedding = outcome.embedding
-    dense, sparse, multi_vector = (kind if kind in output.kinds else 0 for kind in _KINDS.values())
+    vector = sparse = rows = None
     try:
-        vector = _read(embedding.dense, output.dtype, axes=1) if dense else None
-        weights = _read_sparse(embedding.sparse, output.dtype) if sparse else None
-        rows = _read(embedding.multi_vector, output.dtype, axes=2) if multi_vector else None
+        if embedding_pb2.EMBEDDING_KIND_DENSE in kinds:
+            vector = _read(embedding.dense, dtype, axes=1)
+        if embedding_pb2.EMBEDDING_KIND_SPARSE in kinds:
+            sparse = _read_sparse(embedding.sparse, dtype)
+        if embedding_pb2.EMBEDDING_KIND_MULTI_VECTOR in kinds:
+            rows = _read(embedding.multi_vector, dtype, axes=2)
     except InvalidRequest as wrong:
         return EmbedResult(index, error=InternalError(f"the gateway's answer cannot be read: {wrong.message}"))
     except InternalError as wrong:
@@ -573,7 +578,7 @@ def _read_result(
         cached=outcome.cached,
         scale=embedding.dense.scale or 1.0,
         _vector=vector,
-        _sparse=weights,
+        _sparse=sparse,
         _multi_vector=rows,
     )
 
