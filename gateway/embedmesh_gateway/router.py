@@ -39,12 +39,19 @@ from embedmesh.errors import (
 )
 from embedmesh.v1 import catalog_pb2, gateway_pb2
 from embedmesh.v1 import embedding_pb2 as pb
-from embedmesh.vectors import DenseOutput, finish_dense
+from embedmesh.vectors import (
+    DenseOutput,
+    decode,
+    finish_dense,
+    finish_multi_vector,
+    finish_sparse,
+    require_shape_of_kinds,
+)
 from embedmesh_gateway.admission import Admission
 from embedmesh_gateway.cache import VectorCache
 from embedmesh_gateway.catalog import Catalog
 from embedmesh_gateway.keys import cache_key, cache_keys
-from embedmesh_gateway.upstream import Answer, Upstream, broken, is_vector
+from embedmesh_gateway.upstream import Answer, Upstream, broken, is_whole
 from embedmesh_server.metrics import GatewayMetrics
 
 __all__ = ["Router"]
@@ -153,6 +160,7 @@ class Router:
         metrics: Counts inputs and times stages.
         max_inputs: Most inputs in one request.
         max_inflight_inputs: See `Admission`.
+        max_message_bytes: The largest answer.
     """
 
     def __init__(
@@ -164,9 +172,11 @@ class Router:
         *,
         max_inputs: int,
         max_inflight_inputs: int,
+        max_message_bytes: int,
     ) -> None:
         self._catalog, self._upstreams, self._cache, self._metrics = catalog, upstreams, cache, metrics
         self._max_inputs = max_inputs
+        self._answer_bytes = max_message_bytes - _MESSAGE_SLACK
         self._admission = Admission(max_inflight_inputs, metrics)
         self._flights: dict[bytes, _Flight] = {}
 
@@ -275,8 +285,9 @@ class Router:
 
     async def _obtain(self, plan: _Plan, wanted: Mapping[bytes, Message]) -> dict[bytes, _Outcome]:
         found: dict[bytes, _Outcome] = {}
+        partial: dict[bytes, pb.EmbedResult] = {}
         if not plan.fresh:
-            found |= self._hits(plan, wanted, self._cache.from_memory(list(wanted)))
+            found |= self._hits(plan, wanted, self._cache.from_memory(list(wanted)), partial)
         lead: dict[bytes, Message] = {}
         follow: dict[bytes, _Flight] = {}
         for key, item in wanted.items():
@@ -293,17 +304,20 @@ class Router:
             loop = asyncio.get_running_loop()
             led = {key: _Flight(plan, loop.create_future()) for key in lead}
             self._flights |= led
-            parts.append(self._lead(plan, lead, led))
+            parts.append(self._lead(plan, lead, led, partial))
         if follow:
             parts.append(self._follow(plan, {key: wanted[key] for key in follow}, follow))
         for part in await _together(*parts):
             found |= part
         return found
 
-    def _hits(self, plan: _Plan, keys: Any, payloads: Sequence[bytes | None]) -> dict[bytes, _Outcome]:
-        """Read cached payloads; those that lack a wanted kind or make no sense are misses."""
+    def _hits(
+        self, plan: _Plan, keys: Any, payloads: Sequence[bytes | None], partial: dict[bytes, pb.EmbedResult]
+    ) -> dict[bytes, _Outcome]:
+        """Read cached payloads; what makes no sense is a miss, and so is what lacks a kind: that goes to `partial`."""
         hits: dict[bytes, _Outcome] = {}
-        model, dimensions = plan.info.model, plan.info.dimensions
+        info = plan.info
+        model = info.model
         for key, payload in zip(keys, payloads, strict=True):
             if payload is None:
                 continue
@@ -312,14 +326,20 @@ class Router:
             except DecodeError:
                 self._cache.discard(key)
                 continue
-            if not _is_whole(result, dimensions):
+            if not result.HasField("embedding") or not is_whole(result.embedding, info):
                 self._cache.discard(key)
             elif _has(result.embedding, plan.kinds):
                 hits[key] = Answer(result, model, cached=True)
+            else:
+                partial[key] = result
         return hits
 
     async def _lead(
-        self, plan: _Plan, items: Mapping[bytes, Message], flights: Mapping[bytes, _Flight]
+        self,
+        plan: _Plan,
+        items: Mapping[bytes, Message],
+        flights: Mapping[bytes, _Flight],
+        partial: dict[bytes, pb.EmbedResult],
     ) -> dict[bytes, _Outcome]:
         found: dict[bytes, _Outcome] = {}
 
@@ -329,6 +349,8 @@ class Router:
                 self._end(key, flights[key], outcome)
 
         def land_computed(part: Mapping[bytes, _Outcome]) -> None:
+            if partial:
+                _complete(part, partial)
             self._keep(plan, items, part)
             land(part)
 
@@ -336,7 +358,7 @@ class Router:
             if not plan.fresh:
                 with self._stage("cache_get"):
                     payloads = await self._cache.from_redis(list(items))
-                land(self._hits(plan, items, payloads))
+                land(self._hits(plan, items, payloads, partial))
             missing = [(key, item) for key, item in items.items() if key not in found]
             if missing:
                 with self._stage("upstream"):
@@ -422,7 +444,7 @@ class Router:
             self._catalog.refresh(plan.modality)
             if "@" in plan.model:
                 return broken(plan.modality, f"gave revision {answer.model.revision} instead of the one asked for")
-        elif not _is_whole(answer.result, plan.info.dimensions):
+        elif not is_whole(answer.result.embedding, plan.info):
             return broken(plan.modality, "gave a vector of the wrong width")
         if not _has(answer.result.embedding, plan.kinds):
             return broken(plan.modality, "left out a kind of vector that was asked for")
@@ -461,6 +483,8 @@ class Router:
                             result.cached = True
                 if group.plan is not None:
                     _finish(group.plan, [results[place] for place in group.places])
+                    if pb.EMBEDDING_KIND_MULTI_VECTOR in group.plan.kinds:
+                        self._fit([results[place] for place in group.places])
                 self._count(response, [(place, results[place]) for place in group.places], group.modality)
             answered = sum(len(group.places) for group in groups)
             if answered < len(results):
@@ -470,6 +494,19 @@ class Router:
                     result.error.CopyFrom(to_status(error))
                 self._count(response, nothing, "none")
         return response
+
+    def _fit(self, results: Sequence[pb.EmbedResult]) -> None:
+        """Refuse, one by one, what would make the answer larger than a message may be."""
+        size = 0
+        for result in results:
+            own = result.ByteSize()
+            if size + own > self._answer_bytes:
+                error = InputTooLarge.over("the answer", size + own, self._answer_bytes, "bytes", field="inputs[0]")
+                error.message += "; ask for fewer inputs at once, for which the cache is ready"
+                result.Clear()
+                result.error.CopyFrom(to_status(error))
+            else:
+                size += own
 
     def _count(
         self, response: gateway_pb2.EmbedResponse, results: Sequence[tuple[int, pb.EmbedResult]], modality: str
@@ -529,11 +566,14 @@ def _plan_for(
     kinds = frozenset(wish.kinds or (pb.EMBEDDING_KIND_DENSE,))
     if not kinds <= set(info.kinds):
         raise UnsupportedOutput(
-            f"model {info.model.name!r} does not make "
+            f"model {info.model.name!r} makes "
+            + " and ".join(_name(pb.EmbeddingKind, kind) for kind in info.kinds)
+            + ", not "
             + " or ".join(_name(pb.EmbeddingKind, kind) for kind in sorted(kinds - set(info.kinds))),
             field="output.kinds",
             metadata={"option": "kinds"},
         )
+    require_shape_of_kinds(kinds, wish)
     widths = {0, info.dimensions, *info.truncatable_dimensions}
     if wish.dimensions not in widths:
         raise UnsupportedOutput(
@@ -574,8 +614,10 @@ def _split(
     """
     info = plan.info
     answer = 4 * info.dimensions + 256
+    if pb.EMBEDDING_KIND_SPARSE in plan.fetched:
+        answer += 8 * info.sparse_dimensions
     if pb.EMBEDDING_KIND_MULTI_VECTOR in plan.fetched:
-        answer += 4 * info.dimensions * info.max_input_units
+        answer += 4 * (info.multi_vector_dimensions or info.dimensions) * info.max_input_units
     most = max(1, min(info.max_inputs or _DEFAULT_MAX_INPUTS, room // answer))
     calls: list[list[tuple[Any, Message]]] = []
     too_large: dict[Any, _Outcome] = {}
@@ -601,11 +643,14 @@ def _has(embedding: pb.Embedding, kinds: Iterable[pb.EmbeddingKind.ValueType]) -
     return True
 
 
-def _is_whole(result: pb.EmbedResult, dimensions: int) -> bool:
-    embedding = result.embedding
-    if embedding.HasField("dense"):
-        return is_vector(embedding.dense, dimensions)
-    return result.HasField("embedding")
+def _complete(outcomes: Mapping[bytes, _Outcome], partial: Mapping[bytes, pb.EmbedResult]) -> None:
+    """Add the kinds that the cache held to those computed now, so that callers of different kinds keep each other's."""
+    for key, known in partial.items():
+        outcome = outcomes.get(key)
+        if isinstance(outcome, Answer) and outcome.result.HasField("embedding"):
+            for kind in _FIELDS.values():
+                if known.embedding.HasField(kind) and not outcome.result.embedding.HasField(kind):
+                    getattr(outcome.result.embedding, kind).CopyFrom(getattr(known.embedding, kind))
 
 
 def _raise_if_nothing_was_tried(outcomes: Sequence[_Outcome], expected: int) -> None:
@@ -630,19 +675,33 @@ def _point_at(status: status_pb2.Status, place: int) -> None:
 def _finish(plan: _Plan, results: Sequence[pb.EmbedResult]) -> None:
     """Leave what the caller asked for of each result: kinds, then width, normalisation and dtype."""
     unwanted = plan.unwanted()
-    reshaped = not plan.untouched and pb.EMBEDDING_KIND_DENSE in plan.kinds
-    if not unwanted and not reshaped:
+    if not unwanted and plan.untouched:
         return
     good = [result for result in results if result.HasField("embedding")]
     for kind in unwanted:
         for result in good:
             result.embedding.ClearField(_FIELDS[kind])
-    if reshaped:
+    if plan.output.dtype == pb.DTYPE_FLOAT16:
+        for result in good:
+            _finish_others(result.embedding, plan.output.dtype)
+    if not plan.untouched and pb.EMBEDDING_KIND_DENSE in plan.kinds:
         by_width: dict[int, list[pb.EmbedResult]] = {}
         for result in good:
             by_width.setdefault(len(result.embedding.dense.data), []).append(result)
         for size, alike in by_width.items():
             _finish_dense(plan, alike, size // 4)
+
+
+def _finish_others(embedding: pb.Embedding, dtype: pb.Dtype.ValueType) -> None:
+    if embedding.HasField("sparse"):
+        sparse = embedding.sparse
+        full = decode(sparse.indices), decode(sparse.values), sparse.dimensions
+        sparse.Clear()
+        finish_sparse(*full, dtype, sparse)
+    if embedding.HasField("multi_vector"):
+        rows = decode(embedding.multi_vector)
+        embedding.multi_vector.Clear()
+        finish_multi_vector(rows, dtype, embedding.multi_vector)
 
 
 def _finish_dense(plan: _Plan, results: Sequence[pb.EmbedResult], width: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, Protocol, Self
 
 import grpc
+import numpy as np
 from google.protobuf.message import Message
 
 from embedmesh.errors import (
@@ -25,7 +26,7 @@ from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh_server.interceptor import REQUEST_ID_KEY, request_id
 from embedmesh_server.metrics import GatewayMetrics
 
-__all__ = ["MODALITIES", "Answer", "Upstream", "broken", "is_vector"]
+__all__ = ["MODALITIES", "Answer", "Upstream", "broken", "is_whole"]
 
 _log = logging.getLogger(__name__)
 
@@ -245,7 +246,7 @@ class Upstream:
                 answers.append(broken(self.modality, "gave a result without outcome"))
             elif result.model_index >= len(models):
                 answers.append(broken(self.modality, "named a model that is not there"))
-            elif result.embedding.HasField("dense") and not is_vector(result.embedding.dense):
+            elif not is_whole(result.embedding):
                 answers.append(broken(self.modality, "gave a malformed vector"))
             else:
                 model = models[result.model_index]
@@ -255,8 +256,19 @@ class Upstream:
         return answers
 
 
-def is_vector(tensor: pb.Tensor, dimensions: int = 0) -> bool:
-    """Whether the tensor is one well-formed float32 vector, as encoders are asked for, of any width unless given."""
+_NO_INFO: Final = catalog_pb2.ModelInfo()
+
+
+def is_whole(embedding: pb.Embedding, info: catalog_pb2.ModelInfo = _NO_INFO) -> bool:
+    """Whether every kind that is there is well-formed float32, as encoders are asked for, as wide as `info` says."""
+    if embedding.HasField("dense") and not _is_vector(embedding.dense, info.dimensions):
+        return False
+    if embedding.HasField("sparse") and not _is_sparse(embedding.sparse, info.sparse_dimensions):
+        return False
+    return not embedding.HasField("multi_vector") or _is_matrix(embedding.multi_vector, info.multi_vector_dimensions)
+
+
+def _is_vector(tensor: pb.Tensor, dimensions: int) -> bool:
     shape = tensor.shape
     return (
         len(shape) == 1
@@ -264,6 +276,32 @@ def is_vector(tensor: pb.Tensor, dimensions: int = 0) -> bool:
         and tensor.dtype == pb.DTYPE_FLOAT32
         and (not dimensions or shape[0] == dimensions)
     )
+
+
+def _is_matrix(tensor: pb.Tensor, dimensions: int) -> bool:
+    shape = tensor.shape
+    return (
+        len(shape) == 2
+        and shape[1] > 0
+        and len(tensor.data) == 4 * shape[0] * shape[1]
+        and tensor.dtype == pb.DTYPE_FLOAT32
+        and (not dimensions or shape[1] == dimensions)
+    )
+
+
+def _is_sparse(sparse: pb.SparseVector, dimensions: int) -> bool:
+    indices, values = sparse.indices, sparse.values
+    if not (
+        len(indices.shape) == len(values.shape) == 1
+        and indices.shape[0] == values.shape[0]
+        and len(indices.data) == len(values.data) == 4 * indices.shape[0]
+        and (indices.dtype, values.dtype) == (pb.DTYPE_UINT32, pb.DTYPE_FLOAT32)
+        and sparse.dimensions > 0
+        and (not dimensions or sparse.dimensions == dimensions)
+    ):
+        return False
+    places = np.frombuffer(indices.data, "<u4")
+    return not places.size or bool(places[-1] < sparse.dimensions and (places[1:] > places[:-1]).all())
 
 
 def broken(modality: str, what: str) -> Answer:

@@ -79,6 +79,7 @@ async def running(
             metrics,
             max_inputs=settings.max_inputs,
             max_inflight_inputs=settings.max_inflight_inputs,
+            max_message_bytes=settings.max_message_bytes,
         )
         gateway_pb2_grpc.add_GatewayServicer_to_server(
             GatewayServicer(

@@ -32,7 +32,7 @@ from embedmesh.errors import (
     UnsupportedOutput,
 )
 from embedmesh.inputs import Audio, Image, Input, Text
-from embedmesh.results import EmbedResponse, EmbedResult, ModelInfo, ModelRef, Usage
+from embedmesh.results import EmbedResponse, EmbedResult, ModelInfo, ModelRef, SparseVector, Usage
 
 __all__ = [
     "AsyncClient",
@@ -58,6 +58,7 @@ __all__ = [
     "Overloaded",
     "Retryable",
     "ServerFault",
+    "SparseVector",
     "Text",
     "Tls",
     "UndecodableInput",

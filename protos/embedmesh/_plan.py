@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import grpc
+from numpy.typing import NDArray
 
 from embedmesh import vectors
 from embedmesh.errors import (
@@ -26,14 +27,20 @@ from embedmesh.errors import (
     from_status,
 )
 from embedmesh.inputs import Audio, Image, Input, Role, Text, role_value
-from embedmesh.results import EmbedResult, ModelInfo, ModelRef
+from embedmesh.results import EmbedResult, ModelInfo, ModelRef, SparseVector
 from embedmesh.v1 import catalog_pb2, embedding_pb2, gateway_pb2
 
+KindName: TypeAlias = Literal["dense", "sparse", "multi_vector"]
 DtypeName: TypeAlias = Literal["float32", "float16", "int8", "binary"]
 TruncationName: TypeAlias = Literal["end", "start", "refuse"]
 CacheName: TypeAlias = Literal["read_write", "refresh", "bypass"]
 PriorityName: TypeAlias = Literal["interactive", "bulk"]
 
+_KINDS: Final = {
+    "dense": embedding_pb2.EMBEDDING_KIND_DENSE,
+    "sparse": embedding_pb2.EMBEDDING_KIND_SPARSE,
+    "multi_vector": embedding_pb2.EMBEDDING_KIND_MULTI_VECTOR,
+}
 _DTYPES: Final = {
     "float32": embedding_pb2.DTYPE_FLOAT32,
     "float16": embedding_pb2.DTYPE_FLOAT16,
@@ -58,6 +65,8 @@ _V = TypeVar("_V")
 
 # A part is closed before it grows over this, so that no message blocks a connection for long.
 PART_BYTES: Final = 16 * 2**20
+# A multi-vector may have megabytes, and an answer must fit into a message.
+MULTI_VECTOR_INPUTS: Final = 16
 # Around the bytes of an input (tags, lengths, role), and around all inputs (the options).
 _INPUT_FRAMING_BYTES: Final = 48
 _FRAMING_BYTES: Final = 4 * 2**10
@@ -87,6 +96,7 @@ class Options:
 def parse_options(
     *,
     model: str,
+    kinds: Iterable[str],
     dimensions: int,
     dtype: str,
     normalize: bool | None,
@@ -117,13 +127,22 @@ def parse_options(
     template = gateway_pb2.EmbedRequest(
         model=model,
         output=embedding_pb2.OutputOptions(
-            dimensions=dimensions, normalize=normalize, dtype=_choice("dtype", dtype, _DTYPES)
+            kinds=_kinds(kinds), dimensions=dimensions, normalize=normalize, dtype=_choice("dtype", dtype, _DTYPES)
         ),
         truncation=_choice("truncation", truncation, _TRUNCATIONS),
         cache=_choice("cache", cache, _CACHE_POLICIES),
         priority=_choice("priority", priority, _PRIORITIES),
     )
     return Options(template, role, instruction)
+
+
+def _kinds(kinds: Iterable[str]) -> list[embedding_pb2.EmbeddingKind.ValueType]:
+    if isinstance(kinds, str) or not isinstance(kinds, Iterable):
+        raise TypeError(f"kinds are many, got {kinds!r}; put it into a list: [...]")
+    found = list(dict.fromkeys(_choice("kinds", kind, _KINDS) for kind in kinds))
+    if not found:
+        raise InvalidRequest(f"kinds is empty; choose {', '.join(map(repr, _KINDS))}", field="kinds")
+    return found
 
 
 def _choice(name: str, value: str, values: dict[str, _V]) -> _V:
@@ -246,7 +265,8 @@ class Plan:
         streaming: bool,
     ) -> None:
         self._options = options
-        self._max_inputs = max_inputs
+        several = embedding_pb2.EMBEDDING_KIND_MULTI_VECTOR in options.template.output.kinds
+        self._max_inputs = min(max_inputs, MULTI_VECTOR_INPUTS) if several else max_inputs
         self._max_input_bytes = max_message_bytes - _FRAMING_BYTES
         self._max_part_bytes = min(PART_BYTES, self._max_input_bytes)
         self._retries = retries
@@ -409,9 +429,10 @@ class Plan:
             self._settle(part, {index: EmbedResult(index, error=wrong) for index, _ in asked}, now)
             return
         models = [_model_ref(model) for model in response.models]
-        dtype = self._options.template.output.dtype
+        output = self._options.template.output
+        kinds, dtype = frozenset(output.kinds), output.dtype
         results = {
-            index: _read_result(index, outcome, models, dtype)
+            index: _read_result(index, outcome, models, kinds, dtype)
             for (index, _), outcome in zip(asked, response.results, strict=True)
         }
         self._settle(part, results, now)
@@ -522,18 +543,32 @@ def _reindex(path: str, indexes: Sequence[int]) -> str:
     return f"inputs[{indexes[int(found[1])]}]{path[found.end() :]}"
 
 
-def _read_result(index: int, outcome: embedding_pb2.EmbedResult, models: Sequence[ModelRef], dtype: int) -> EmbedResult:
+def _read_result(
+    index: int,
+    outcome: embedding_pb2.EmbedResult,
+    models: Sequence[ModelRef],
+    kinds: frozenset[int],
+    dtype: int,
+) -> EmbedResult:
     if outcome.HasField("error"):
         error = from_status(outcome.error)
         error.field = _INDEX.sub(f"inputs[{index}]", error.field)
         return EmbedResult(index, error=error, input_units=outcome.input_units)
-    tensor = outcome.embedding.dense
+    embedding = outcome.embedding
+    vector = sparse = rows = None
     try:
-        vector = vectors.decode(tensor)
+        if embedding_pb2.EMBEDDING_KIND_DENSE in kinds:
+            vector = _read(embedding.dense, dtype, axes=1)
+        if embedding_pb2.EMBEDDING_KIND_SPARSE in kinds:
+            sparse = _read_sparse(embedding.sparse, dtype)
+        if embedding_pb2.EMBEDDING_KIND_MULTI_VECTOR in kinds:
+            rows = _read(embedding.multi_vector, dtype, axes=2)
     except InvalidRequest as wrong:
         return EmbedResult(index, error=InternalError(f"the gateway's answer cannot be read: {wrong.message}"))
-    if tensor.dtype != dtype or vector.ndim != 1 or outcome.model_index >= len(models):
-        return EmbedResult(index, error=InternalError("the gateway's answer breaks the contract"))
+    except InternalError as wrong:
+        return EmbedResult(index, error=wrong)
+    if outcome.model_index >= len(models):
+        return EmbedResult(index, error=_breach())
     return EmbedResult(
         index,
         model=models[outcome.model_index],
@@ -541,9 +576,30 @@ def _read_result(index: int, outcome: embedding_pb2.EmbedResult, models: Sequenc
         original_units=outcome.original_units if outcome.truncated else outcome.input_units,
         truncated=outcome.truncated,
         cached=outcome.cached,
-        scale=tensor.scale or 1.0,
+        scale=embedding.dense.scale or 1.0,
         _vector=vector,
+        _sparse=sparse,
+        _multi_vector=rows,
     )
+
+
+def _breach() -> InternalError:
+    return InternalError("the gateway's answer breaks the contract")
+
+
+def _read(tensor: embedding_pb2.Tensor, dtype: int, *, axes: int) -> NDArray[Any]:
+    array = vectors.decode(tensor)
+    if tensor.dtype != dtype or array.ndim != axes:
+        raise _breach()
+    return array
+
+
+def _read_sparse(sparse: embedding_pb2.SparseVector, dtype: int) -> SparseVector:
+    indices = _read(sparse.indices, embedding_pb2.DTYPE_UINT32, axes=1)
+    values = _read(sparse.values, dtype, axes=1)
+    if len(indices) != len(values):
+        raise _breach()
+    return SparseVector(indices, values, sparse.dimensions)
 
 
 def _model_ref(model: embedding_pb2.ModelRef) -> ModelRef:
@@ -561,6 +617,8 @@ def read_models(response: catalog_pb2.ListModelsResponse) -> list[ModelInfo]:
             modality=_enum_name(catalog_pb2.Modality, info.modality, "MODALITY_"),
             kinds=tuple(_enum_name(embedding_pb2.EmbeddingKind, kind, "EMBEDDING_KIND_") for kind in info.kinds),
             dimensions=info.dimensions,
+            sparse_dimensions=info.sparse_dimensions,
+            multi_vector_dimensions=info.multi_vector_dimensions,
             truncatable_dimensions=tuple(info.truncatable_dimensions),
             max_input_units=info.max_input_units,
             max_inputs=info.max_inputs,

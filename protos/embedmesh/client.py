@@ -27,7 +27,7 @@ import grpc.aio
 
 from embedmesh import _plan
 from embedmesh._channel import Tls, endpoint
-from embedmesh._plan import CacheName, DtypeName, Options, Part, Plan, PriorityName, TruncationName
+from embedmesh._plan import CacheName, DtypeName, KindName, Options, Part, Plan, PriorityName, TruncationName
 from embedmesh.errors import EmbedMeshError, NotReady, from_rpc_error
 from embedmesh.inputs import Input, Role
 from embedmesh.results import EmbedResponse, EmbedResult, ModelInfo
@@ -200,6 +200,7 @@ class Client(_Base):
         inputs: Iterable[Input],
         *,
         model: str = "",
+        kinds: Iterable[KindName] = ("dense",),
         dimensions: int = 0,
         dtype: DtypeName = "float32",
         normalize: bool | None = None,
@@ -219,9 +220,13 @@ class Client(_Base):
             inputs: Any mix of str, `Text`, `Image` and `Audio`.
             model: Name of a model or family, "name@revision" to pin it; "" takes the default of
                 each modality.
-            dimensions: Width of the vectors; 0 is the full one, others must be offered by the model.
-            dtype: "float32", "float16", "int8" (see `EmbedResult.scale`) or "binary" (packed bits).
-            normalize: L2 norm 1 (True), as pooled (False), or as the model's reference library does it (None).
+            kinds: Any of "dense" (see `EmbedResult.vector`), "sparse" and "multi_vector" that the models make; the
+                model runs once for all.
+            dimensions: Width of the dense vectors; 0 is the full one, others must be offered by the model.
+            dtype: "float32", "float16"; and where the kinds are "dense" alone "int8" (see `EmbedResult.scale`) or
+                "binary" (packed bits).
+            normalize: Dense vectors of L2 norm 1 (True), as pooled (False), or as the model's reference library
+                does it (None).
             role: "query" or "document", for texts without a role of their own.
             instruction: Put before texts that have none of their own, in place of the role's prompt.
             truncation: What happens to an input longer than the model reads: keep its beginning ("end"),
@@ -237,6 +242,7 @@ class Client(_Base):
         """
         options = _plan.parse_options(
             model=model,
+            kinds=kinds,
             dimensions=dimensions,
             dtype=dtype,
             normalize=normalize,
@@ -297,6 +303,7 @@ class Client(_Base):
         inputs: Iterable[Input],
         *,
         model: str = "",
+        kinds: Iterable[KindName] = ("dense",),
         dimensions: int = 0,
         dtype: DtypeName = "float32",
         normalize: bool | None = None,
@@ -322,6 +329,7 @@ class Client(_Base):
         Args:
             inputs: Any mix of str, `Text`, `Image` and `Audio`, endless if need be.
             model: As for `embed`, as are the others not named here.
+            kinds: See `embed`.
             dimensions: See `embed`.
             dtype: See `embed`.
             normalize: See `embed`.
@@ -342,6 +350,7 @@ class Client(_Base):
         """
         options = _plan.parse_options(
             model=model,
+            kinds=kinds,
             dimensions=dimensions,
             dtype=dtype,
             normalize=normalize,
@@ -431,6 +440,7 @@ class AsyncClient(_Base):
         inputs: Iterable[Input],
         *,
         model: str = "",
+        kinds: Iterable[KindName] = ("dense",),
         dimensions: int = 0,
         dtype: DtypeName = "float32",
         normalize: bool | None = None,
@@ -450,9 +460,13 @@ class AsyncClient(_Base):
             inputs: Any mix of str, `Text`, `Image` and `Audio`.
             model: Name of a model or family, "name@revision" to pin it; "" takes the default of
                 each modality.
-            dimensions: Width of the vectors; 0 is the full one, others must be offered by the model.
-            dtype: "float32", "float16", "int8" (see `EmbedResult.scale`) or "binary" (packed bits).
-            normalize: L2 norm 1 (True), as pooled (False), or as the model's reference library does it (None).
+            kinds: Any of "dense" (see `EmbedResult.vector`), "sparse" and "multi_vector" that the models make; the
+                model runs once for all.
+            dimensions: Width of the dense vectors; 0 is the full one, others must be offered by the model.
+            dtype: "float32", "float16"; and where the kinds are "dense" alone "int8" (see `EmbedResult.scale`) or
+                "binary" (packed bits).
+            normalize: Dense vectors of L2 norm 1 (True), as pooled (False), or as the model's reference library
+                does it (None).
             role: "query" or "document", for texts without a role of their own.
             instruction: Put before texts that have none of their own, in place of the role's prompt.
             truncation: What happens to an input longer than the model reads: keep its beginning ("end"),
@@ -468,6 +482,7 @@ class AsyncClient(_Base):
         """
         options = _plan.parse_options(
             model=model,
+            kinds=kinds,
             dimensions=dimensions,
             dtype=dtype,
             normalize=normalize,
@@ -516,6 +531,7 @@ class AsyncClient(_Base):
         inputs: AsyncIterable[Input] | Iterable[Input],
         *,
         model: str = "",
+        kinds: Iterable[KindName] = ("dense",),
         dimensions: int = 0,
         dtype: DtypeName = "float32",
         normalize: bool | None = None,
@@ -541,6 +557,7 @@ class AsyncClient(_Base):
         Args:
             inputs: Any mix of str, `Text`, `Image` and `Audio`, endless if need be.
             model: As for `embed`, as are the others not named here.
+            kinds: See `embed`.
             dimensions: See `embed`.
             dtype: See `embed`.
             normalize: See `embed`.
@@ -561,6 +578,7 @@ class AsyncClient(_Base):
         """
         options = _plan.parse_options(
             model=model,
+            kinds=kinds,
             dimensions=dimensions,
             dtype=dtype,
             normalize=normalize,

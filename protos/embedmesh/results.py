@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedmesh.errors import EmbedErrors, EmbedMeshError
 
-__all__ = ["EmbedResponse", "EmbedResult", "ModelInfo", "ModelRef", "Usage"]
+__all__ = ["EmbedResponse", "EmbedResult", "ModelInfo", "ModelRef", "SparseVector", "Usage"]
+
+
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class ModelInfo:
         family: Name under which the models of several modalities answer together.
         modality: "text", "image" or "audio".
         kinds: Kinds of vector: "dense", "sparse", "multi_vector".
-        dimensions: Full width.
+        dimensions: Full width of the dense vectors; 0 where there are none.
         truncatable_dimensions: The smaller widths that `dimensions=` may ask for.
         max_input_units: The most tokens, patches or frames read of one input.
         max_inputs: The most inputs of one encoder call.
@@ -49,6 +52,8 @@ class ModelInfo:
         ready: False while the model loads, or when it could not be loaded.
         normalized: What `normalize=None` means for it.
         limits: Named limits on one input, for example {"text_bytes": 1048576}.
+        sparse_dimensions: Size of the vocabulary of the sparse vectors; 0 where there are none.
+        multi_vector_dimensions: Width of the rows of the multi-vectors; 0 where there are none.
     """
 
     name: str
@@ -65,6 +70,8 @@ class ModelInfo:
     ready: bool
     normalized: bool
     limits: dict[str, int]
+    sparse_dimensions: int = 0
+    multi_vector_dimensions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +90,34 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class SparseVector:
+    """Weights of some entries of a vocabulary; all others are 0.
+
+    Attributes:
+        indices: The entries, strictly ascending, uint32 [k], read-only.
+        values: Their weights, [k], read-only; dtype as asked for.
+        dimensions: Size of the vocabulary.
+    """
+
+    indices: NDArray[np.uint32]
+    values: NDArray[Any]
+    dimensions: int
+
+    def dot(self, other: SparseVector) -> float:
+        """Give the inner product, which is how sparse vectors are compared.
+
+        Raises:
+            ValueError: The vocabularies differ.
+        """
+        if self.dimensions != other.dimensions:
+            raise ValueError(f"vectors over {self.dimensions} and {other.dimensions} entries cannot be compared")
+        _, mine, theirs = np.intersect1d(self.indices, other.indices, assume_unique=True, return_indices=True)
+        return float(self.values[mine].astype(np.float32) @ other.values[theirs].astype(np.float32))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class EmbedResult:
-    """The outcome of one input: a vector, or an error of its own.
+    """The outcome of one input: vectors of the kinds asked for, or an error of its own.
 
     Attributes:
         index: Which input this answers, counted from 0.
@@ -105,18 +138,36 @@ class EmbedResult:
     truncated: bool = False
     cached: bool = False
     scale: float = 1.0
-    _vector: NDArray[Any] = field(default_factory=lambda: np.empty(0), repr=False)
+    _vector: NDArray[Any] | None = field(default=None, repr=False)
+    _sparse: SparseVector | None = field(default=None, repr=False)
+    _multi_vector: NDArray[Any] | None = field(default=None, repr=False)
 
     @property
     def vector(self) -> NDArray[Any]:
-        """The vector, shape [d], read-only; dtype "binary" gives uint8 of shape [ceil(d / 8)].
+        """The dense vector, shape [d], read-only; dtype "binary" gives uint8 of shape [ceil(d / 8)].
 
         Raises:
             EmbedMeshError: This input's `error`, if it has one.
+            ValueError: Another kind was asked for.
         """
+        return self._given("dense", self._vector)
+
+    @property
+    def sparse(self) -> SparseVector:
+        """The sparse vector; raises as `vector` does."""
+        return self._given("sparse", self._sparse)
+
+    @property
+    def multi_vector(self) -> NDArray[Any]:
+        """One row a token, shape [n, d], read-only, for `embedmesh.muvera.max_sim`; raises as `vector` does."""
+        return self._given("multi_vector", self._multi_vector)
+
+    def _given(self, kind: str, found: _Kind | None) -> _Kind:
         if self.error is not None:
             raise self.error.with_traceback(None)
-        return self._vector
+        if found is None:
+            raise ValueError(f"no vector of kind {kind!r} was asked for; name it in `kinds`")
+        return found
 
 
 @dataclass(frozen=True)
@@ -131,11 +182,11 @@ class EmbedResponse:
 
     @cached_property
     def vectors(self) -> NDArray[Any]:
-        """All vectors as one array [n, d], row i for input i; dtype as asked for ("binary": uint8 [n, ceil(d / 8)]).
+        """All dense vectors as one array [n, d], row i for input i; dtype as asked for ("binary": [n, ceil(d / 8)]).
 
         Raises:
             EmbedErrors: At least one input failed; the others stay readable in `results`.
-            ValueError: The vectors differ in width: different models answered.
+            ValueError: The vectors differ in width, because different models answered; or none were asked for.
         """
         errors = {result.index: result.error for result in self.results if result.error is not None}
         if errors:

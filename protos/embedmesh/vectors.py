@@ -7,6 +7,7 @@ anywhere in the mesh is the same vector.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,7 +17,18 @@ from numpy.typing import NDArray
 from embedmesh.errors import InvalidRequest, UnsupportedOutput
 from embedmesh.v1 import embedding_pb2 as pb
 
-__all__ = ["DenseOutput", "decode", "dequantize", "encode_into", "finish_dense", "l2_norms", "normalized"]
+__all__ = [
+    "DenseOutput",
+    "decode",
+    "dequantize",
+    "encode_into",
+    "finish_dense",
+    "finish_multi_vector",
+    "finish_sparse",
+    "l2_norms",
+    "normalized",
+    "require_shape_of_kinds",
+]
 
 Float32 = NDArray[np.float32]
 
@@ -30,6 +42,7 @@ _NUMPY: Final[dict[int, np.dtype[Any]]] = {
 _WIRE: Final[dict[np.dtype[Any], int]] = {dtype: code for code, dtype in _NUMPY.items()}
 # Torch's and sentence-transformers' normalize divide by max(norm, 1e-12).
 _NORM_FLOOR: Final = np.float32(1e-12)
+_DTYPES_OF_OTHERS: Final = (pb.DTYPE_UNSPECIFIED, pb.DTYPE_FLOAT32, pb.DTYPE_FLOAT16)
 # Beyond it binary16 is infinite, and vectors that are not finite never leave.
 _FLOAT16_MAX: Final = np.float32(65504)
 
@@ -55,6 +68,25 @@ class DenseOutput:
                 field="output.dtype",
                 metadata={"option": "dtype"},
             )
+
+
+def require_shape_of_kinds(kinds: Collection[pb.EmbeddingKind.ValueType], options: pb.OutputOptions) -> None:
+    """Refuse a width, normalisation or dtype that none of the kinds wanted is offered in.
+
+    Raises:
+        UnsupportedOutput: `dimensions` or `normalize` without a dense vector, or a dtype that a kind does not have.
+    """
+    option = message = ""
+    if pb.EMBEDDING_KIND_DENSE not in kinds:
+        option = "dimensions" if options.dimensions else "normalize" if options.HasField("normalize") else ""
+        message = f"{option} is for vectors of kind DENSE, which were not asked for"
+    if options.dtype not in _DTYPES_OF_OTHERS and not set(kinds) <= {pb.EMBEDDING_KIND_DENSE}:
+        option = "dtype"
+        message = (
+            "vectors of kind SPARSE and MULTI_VECTOR are offered as FLOAT32 or FLOAT16; ask for others by themselves"
+        )
+    if option:
+        raise UnsupportedOutput(message, field=f"output.{option}", metadata={"option": option})
 
 
 def decode(tensor: pb.Tensor) -> NDArray[Any]:
@@ -141,7 +173,7 @@ def finish_dense(rows: Float32, norms: Float32 | None, output: DenseOutput, out:
     elif output.dtype == pb.DTYPE_BINARY:
         packed = np.packbits(rows > 0, axis=1)
     elif output.dtype == pb.DTYPE_FLOAT16:
-        packed = rows.clip(-_FLOAT16_MAX, _FLOAT16_MAX).astype("<f2")
+        packed = _float16(rows)
     else:
         packed = rows.astype("<f4", copy=False)
     data = np.ascontiguousarray(packed).tobytes()
@@ -152,3 +184,37 @@ def finish_dense(rows: Float32, norms: Float32 | None, output: DenseOutput, out:
         tensor.data = data[i * stride : (i + 1) * stride]
         if scales is not None:
             tensor.scale = float(scales[i])
+
+
+def finish_sparse(
+    indices: NDArray[np.uint32],
+    values: Float32,
+    dimensions: int,
+    dtype: pb.Dtype.ValueType,
+    out: pb.SparseVector,
+) -> None:
+    """Encode a sparse vector into an (empty) message, in place.
+
+    Args:
+        indices: Ascending, uint32 [k].
+        values: float32 [k], no zeros.
+        dimensions: Of the vocabulary.
+        dtype: FLOAT32, or FLOAT16, which saturates at 65504 and leaves out what it would make 0.
+        out: The message.
+    """
+    if dtype == pb.DTYPE_FLOAT16:
+        packed = _float16(values)
+        kept = packed != 0
+        indices, values = indices[kept], packed[kept]
+    encode_into(out.indices, indices)
+    encode_into(out.values, values)
+    out.dimensions = dimensions
+
+
+def finish_multi_vector(rows: Float32, dtype: pb.Dtype.ValueType, out: pb.Tensor) -> None:
+    """Encode float32 [n, d] into an (empty) tensor, in place; FLOAT16 saturates at 65504."""
+    encode_into(out, _float16(rows) if dtype == pb.DTYPE_FLOAT16 else rows)
+
+
+def _float16(values: Float32) -> NDArray[np.float16]:
+    return values.clip(-_FLOAT16_MAX, _FLOAT16_MAX).astype("<f2")

@@ -26,10 +26,13 @@ class LocalModel:
     """A model with the preparer and the batches of a node that was told nothing else."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        """Load it; raises ModelError."""
+        """Load it; raises ModelError, and UserError for one that makes no dense vectors."""
         from embedmesh_encoder.modalities import MODALITIES, default_preparer  # noqa: PLC0415  (slow to import)
 
+        if not spec.dimensions:
+            raise UserError(f"{spec.name} makes no dense vectors, and only these can be looked at yet.", USAGE)
         self._preparer = default_preparer(spec)
+        self._output = spec.graph.output
         self._units = MODALITIES[spec.modality].defaults(spec).batch_cost
         self._normalized = spec.normalized
         self._backend = create_backend(spec)
@@ -52,7 +55,7 @@ class LocalModel:
     def embed(self, batch: Sequence[Prepared], *, unit: bool = True) -> NDArray[np.float32]:
         """Give the vectors of one batch: float32 [n, dimensions]; without `unit` normalised only if the model's are."""
         with np.errstate(all="ignore"):  # what is not finite is found later
-            rows = self._preparer.split(self._backend.run(self._preparer.collate(batch)), batch)
+            rows = self._preparer.split(self._backend.run(self._preparer.collate(batch), [self._output]), batch)
             vectors: NDArray[np.float32] = normalized(rows, l2_norms(rows))
         return vectors if unit or self._normalized else rows
 

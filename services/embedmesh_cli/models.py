@@ -145,9 +145,7 @@ def _description(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     yield "space", f"{spec.space} (vectors may be compared only within it)"
     if spec.family != spec.name:
         yield "family", spec.family
-    widths = ", ".join(map(str, spec.truncatable_dimensions))
-    shorter = f"; may be cut to {widths}" if widths else ""
-    yield "gives", f"{spec.dimensions} numbers{', normalised' if spec.normalized else ', not normalised'}{shorter}"
+    yield from zip(("gives", "", ""), _gives(spec), strict=False)
     units = {"text": "tokens", "image": "patches", "audio": "frames"}[spec.modality]
     yield "reads", f"{spec.modality}, up to {spec.max_input_units} {units}"
     if spec.text:
@@ -155,8 +153,9 @@ def _description(spec: ModelSpec) -> Iterator[tuple[str, str]]:
             if prompt:
                 yield "", f"before texts {'without a role' if role == 'default' else f'of role {role}'}: {prompt!r}"
     ways = graph.pooling if isinstance(graph.pooling, str) else " and ".join(graph.pooling)
-    pooled = "pooled by the graph" if ways == "graph" else f"pooled here: {ways}"
-    yield "graph", f"{graph.file or 'none'} ({graph.layout}; {', '.join(graph.inputs)} -> {graph.output}; {pooled})"
+    pooled = ("; pooled by the graph" if ways == "graph" else f"; pooled here: {ways}") if spec.dimensions else ""
+    outputs = ", ".join(dict.fromkeys(spec.outputs.values()))
+    yield "graph", f"{graph.file or 'none'} ({graph.layout}; {', '.join(graph.inputs)} -> {outputs}{pooled})"
     for layer in spec.head.layers if spec.head else ():
         kind = layer.kind.replace("_", " ") + (f", {layer.activation}" if layer.activation != "none" else "")
         yield "", f"then {kind}: {layer.inputs} -> {layer.outputs} ({layer.file})"
@@ -169,6 +168,19 @@ def _description(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     yield "files", f"{len(spec.files)}, {size / 1e6:.1f} MB in {spec.folder}"
     for file, digest in spec.files.items():
         yield "", f"{digest[:12]}  {file}"
+
+
+def _gives(spec: ModelSpec) -> Iterator[str]:
+    """Say what each kind of vector is."""
+    if spec.dimensions:
+        widths = ", ".join(map(str, spec.truncatable_dimensions))
+        shorter = f"; may be cut to {widths}" if widths else ""
+        yield f"{spec.dimensions} numbers{', normalised' if spec.normalized else ', not normalised'}{shorter}"
+    if sparse := spec.sparse:
+        made = {"max": "SPLADE", "tokens": "lexical weights of its tokens", "graph": "pooled by the graph"}
+        yield f"sparse: {made[sparse.pooling]}, over a vocabulary of {sparse.dimensions}"
+    if rows := spec.multi_vector:
+        yield f"multi-vector: {rows.dimensions} numbers a token, {'' if rows.normalized else 'not '}normalised"
 
 
 def _local(folders: list[Path]) -> list[_Row]:

@@ -12,9 +12,9 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import length_hint
 from typing import Any, Final
 
@@ -35,7 +35,7 @@ from embedmesh.vectors import l2_norms, normalized
 from embedmesh_encoder.backend import Backend
 from embedmesh_encoder.batcher import Batcher, BatchPolicy, Priority
 from embedmesh_encoder.model import ModelError, ModelSpec
-from embedmesh_encoder.preparation import Prepared, Preparer
+from embedmesh_encoder.preparation import DENSE, KindsPreparer, Others, Prepared, Preparer
 from embedmesh_server.interceptor import request_id
 from embedmesh_server.metrics import EncoderMetrics
 
@@ -46,8 +46,10 @@ _log = logging.getLogger(__name__)
 # How long one request may hold a thread before the next one has its turn.
 _SLICE_SECONDS: Final = 0.005
 
-# A vector, float32 [d], and the norm it was pooled with.
-Row = tuple[NDArray[np.float32], float]
+# A vector, float32 [d], the norm it was pooled with, and what else the input gave.
+Row = tuple[NDArray[np.float32], float, Others | None]
+
+_NO_VECTOR: Final = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +75,16 @@ class EncoderOptions:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The vector of one input.
+    """The vectors of one input, always finite.
 
     Attributes:
         vector: float32 [d], as the model's reference library gives it: normalised when
-            `ModelSpec.normalized`, else as pooled. Always finite.
+            `ModelSpec.normalized`, else as pooled. Empty when only other kinds were wanted.
         norm: L2 norm of the vector as pooled.
         units: See `Prepared`.
         original_units: See `Prepared`.
         truncated: See `Prepared`.
+        others: The other kinds that were wanted; None when none were.
     """
 
     vector: NDArray[np.float32] = field(repr=False)
@@ -89,6 +92,7 @@ class Encoded:
     units: int
     original_units: int
     truncated: bool
+    others: Others | None = field(default=None, repr=False)
 
 
 class _NotFinite(InferenceFailed):
@@ -111,6 +115,8 @@ class Encoder:
         self.limits = preparer.limits
         self.ready = False
         self._preparer = preparer
+        # None where there is nothing but dense vectors to take out of a batch.
+        self._others = preparer if set(spec.kinds) != DENSE and isinstance(preparer, KindsPreparer) else None
         self._backend = backend
         self._metrics = metrics
         self._prepare_threads = options.prepare_threads
@@ -155,7 +161,9 @@ class Encoder:
         """
 
         def run() -> None:
-            batch = [self._preparer.prepare(item, pb.TRUNCATION_END) for item in items]
+            batch = [
+                _wanting(self._preparer.prepare(item, pb.TRUNCATION_END), frozenset(self.spec.kinds)) for item in items
+            ]
             for part in (*([prepared] for prepared in batch), batch[:2]):
                 for outcome in self._infer(part):
                     if isinstance(outcome, EmbedMeshError):
@@ -174,6 +182,7 @@ class Encoder:
         self,
         items: Sequence[Any],
         *,
+        kinds: frozenset[pb.EmbeddingKind.ValueType] = DENSE,
         truncation: pb.Truncation.ValueType = pb.TRUNCATION_END,
         priority: Priority = Priority.INTERACTIVE,
         deadline: float = math.inf,
@@ -182,6 +191,7 @@ class Encoder:
 
         Args:
             items: What the preparer takes, for text `TextItem`; one that is an error already is its own outcome.
+            kinds: Kinds of vector wanted, all of them made by the model.
             truncation: What to do with inputs that are too long.
             priority: Who waits.
             deadline: When nobody waits any more, absolute seconds of the event loop's clock.
@@ -194,7 +204,7 @@ class Encoder:
             DeadlineExceeded: The deadline passed and no vector was made.
         """
         try:
-            outcomes = await self._embed(items, truncation, priority, deadline)
+            outcomes = await self._embed(items, kinds, truncation, priority, deadline)
             for kind in (DeadlineExceeded, NotReady):
                 # The same for all of them: that is an outcome of the call.
                 if outcomes and all(isinstance(outcome, kind) for outcome in outcomes):
@@ -221,7 +231,12 @@ class Encoder:
         return stopped
 
     async def _embed(
-        self, items: Sequence[Any], truncation: pb.Truncation.ValueType, priority: Priority, deadline: float
+        self,
+        items: Sequence[Any],
+        kinds: frozenset[pb.EmbeddingKind.ValueType],
+        truncation: pb.Truncation.ValueType,
+        priority: Priority,
+        deadline: float,
     ) -> list[Encoded | EmbedMeshError]:
         loop = asyncio.get_running_loop()
         # Decoding pictures that are then refused would make an overload worse.
@@ -229,7 +244,7 @@ class Encoder:
         started = time.perf_counter()
         prepared = await self._prepare(items, truncation, deadline)
         self._prepare_seconds.observe(time.perf_counter() - started)
-        good = [each for each in prepared if isinstance(each, Prepared)]
+        good = [_wanting(each, kinds) for each in prepared if isinstance(each, Prepared)]
         futures = self._batcher.submit(
             good,
             [each.units for each in good],
@@ -299,7 +314,25 @@ class Encoder:
                 break
 
     def _infer(self, batch: Sequence[Prepared]) -> list[Row | EmbedMeshError]:
-        rows = self._preparer.split(self._backend.run(self._preparer.collate(batch)), batch)
+        feeds = self._preparer.collate(batch)
+        if self._others is None:
+            return self._dense(self._backend.run(feeds), batch)
+        wanted = frozenset[pb.EmbeddingKind.ValueType]().union(*(prepared.kinds for prepared in batch))
+        names = [name for kind, name in self.spec.outputs.items() if kind in wanted]
+        outputs = self._backend.run(feeds, list(dict.fromkeys(names)))
+        dense: list[Row | EmbedMeshError] = [(_NO_VECTOR, 0.0, None)] * len(batch)
+        if pb.EMBEDDING_KIND_DENSE in wanted:
+            found = self._dense(outputs, batch)
+            dense = [
+                row if pb.EMBEDDING_KIND_DENSE in prepared.kinds else nothing
+                for row, nothing, prepared in zip(found, dense, batch, strict=True)
+            ]
+        with np.errstate(all="ignore"):  # as for dense ones
+            others = self._others.split_others(outputs, batch)
+        return [_with_others(row, other) for row, other in zip(dense, others, strict=True)]
+
+    def _dense(self, outputs: Mapping[str, NDArray[Any]], batch: Sequence[Prepared]) -> list[Row | EmbedMeshError]:
+        rows = self._preparer.split(outputs, batch)
         expected = (len(batch), self.spec.dimensions)
         if rows.shape != expected:
             raise RuntimeError(f"the model gave an array of shape {rows.shape}, expected {expected}")
@@ -309,7 +342,7 @@ class Encoder:
             vectors = normalized(rows, norms) if self.spec.normalized else rows
         # A norm is finite only when every element is.
         return [
-            (vector, float(norm)) if math.isfinite(norm) else _NotFinite("the vector of this input is not finite")
+            (vector, float(norm), None) if math.isfinite(norm) else _NotFinite("the vector of this input is not finite")
             for vector, norm in zip(vectors, norms, strict=True)
         ]
 
@@ -342,5 +375,18 @@ def _outcome(prepared: Prepared, future: asyncio.Future[Row]) -> Encoded | Embed
     if error is not None:
         assert isinstance(error, EmbedMeshError)  # noqa: S101  (the batcher's futures raise nothing else)
         return error
-    vector, norm = future.result()
-    return Encoded(vector, norm, prepared.units, prepared.original_units, prepared.truncated)
+    vector, norm, others = future.result()
+    return Encoded(vector, norm, prepared.units, prepared.original_units, prepared.truncated, others)
+
+
+def _wanting(prepared: Prepared, kinds: frozenset[pb.EmbeddingKind.ValueType]) -> Prepared:
+    return prepared if kinds == prepared.kinds else replace(prepared, kinds=kinds)
+
+
+def _with_others(row: Row | EmbedMeshError, others: Others) -> Row | EmbedMeshError:
+    if isinstance(row, EmbedMeshError):
+        return row
+    values = (others.sparse[1] if others.sparse else _NO_VECTOR, others.multi_vector)
+    if not all(value is None or np.isfinite(value).all() for value in values):
+        return _NotFinite("a vector of this input is not finite")
+    return (row[0], row[1], others)

@@ -5,8 +5,8 @@
     family = "starter"                 # towers that answer under one name; default: the name
     modality = "text"                  # text, image or audio
     space = "all-MiniLM-L6-v2"         # vectors may be compared only within one space
-    kinds = ["dense"]                  # default
-    dimensions = 384
+    kinds = ["dense"]                  # default; also "sparse" and "multi_vector", each with a table of its own
+    dimensions = 384                   # of the dense vector; this key, the next and normalized only with it
     truncatable_dimensions = []        # smaller widths the model was trained for; default: none
     normalized = true                  # whether the reference library normalises the vectors
     max_input_units = 256              # tokens, special ones included
@@ -38,6 +38,22 @@
       { kind = "dense", file = "2_Dense/model.safetensors", inputs = 768, outputs = 384, activation = "tanh" },
       { kind = "layer_norm", file = "3_LayerNorm/model.safetensors", inputs = 384, outputs = 384 },
     ]
+
+    [sparse]                           # kind sparse, modality text
+    output = "logits"                  # of the graph
+    pooling = "max"                    # SPLADE: log(1 + relu(logit)), the largest over a text's tokens; "tokens",
+                                       # BGE-M3's lexical weights: relu of a token's weight, the largest of equal
+                                       # ids; "graph" pools by itself
+    dimensions = 30522                 # of the vocabulary
+    skip_tokens = []                   # ids without a weight, for "tokens" the special ones; default: none
+
+    [multi_vector]                     # kind multi_vector, modality text: one row a token
+    output = "token_vectors"           # of the graph
+    dimensions = 128
+    normalized = true                  # default: each row to L2 norm 1
+    skip_first = 0                     # rows left out at the beginning of a text, as BGE-M3 does with one; default 0
+    skip_tokens = []                   # ids without a row, as ColBERT does with punctuation; default: none
+    skip_in_queries = false            # whether that is so in texts of role QUERY, too; default
 
     [image]                            # modality image
     processor = "preprocessor_config.json"       # file of transformers
@@ -76,11 +92,13 @@ at each text) and `segment_ids` (index of the text in the batch, -1 for padding)
 Layout *padded*: one text a row. Inputs are int64 [texts, longest]; the output is float32
 [texts, longest, d], or [texts, d] with pooling "graph", where d is `dimensions` unless several ways of
 pooling or a head make another width of it.
+In both, the outputs of the other kinds are float32 with two axes like those of `input_ids`, then one for the
+vocabulary (sparse "max"), the weight (sparse "tokens": 1, or no axis) or the row; "graph" gives [texts, vocabulary].
 Layout *stacked*: images or sounds, one a row. The input is `pixel_values`, or what the feature
 extractor makes (`input_features`, `input_values`; `attention_mask`, `is_longer`); the output as for padded.
 
-The *revision* is a fingerprint of everything that changes a vector: the files, graph, text, head,
-image, audio and triton tables, longest input, normalisation, precision, backend. The last two are those
+The *revision* is a fingerprint of everything that changes a vector: the files, graph, text, head, sparse,
+multi_vector, image, audio and triton tables, longest input, normalisation, precision, backend. The last two are those
 that really run it (`ModelSpec.run_by`), so that no node can make vectors of another precision under
 the same revision. Name, family, space, licence, source, timing and variant are no part of it.
 """
@@ -109,6 +127,8 @@ from pydantic import (
     PositiveInt,
     ValidationError,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
 )
 from pydantic_core import ErrorDetails
@@ -127,7 +147,9 @@ __all__ = [
     "ImageTable",
     "ModelError",
     "ModelSpec",
+    "MultiVectorTable",
     "Precision",
+    "SparseTable",
     "TextSpec",
     "TritonTable",
     "VariantTable",
@@ -154,7 +176,11 @@ _OUTPUTS: Final[dict[Any, str]] = {
     "stacked": "last_hidden_state",
 }
 _LAYOUTS: Final = {"text": ("packed", "padded"), "image": ("stacked",), "audio": ("stacked",)}
-_KINDS: Final[dict[str, pb.EmbeddingKind.ValueType]] = {"dense": pb.EMBEDDING_KIND_DENSE}
+_KINDS: Final[dict[str, pb.EmbeddingKind.ValueType]] = {
+    "dense": pb.EMBEDDING_KIND_DENSE,
+    "sparse": pb.EMBEDDING_KIND_SPARSE,
+    "multi_vector": pb.EMBEDDING_KIND_MULTI_VECTOR,
+}
 
 
 class ModelError(ValueError):
@@ -165,6 +191,22 @@ def _kind(name: object) -> object:
     if isinstance(name, str) and name in _KINDS:
         return _KINDS[name]
     raise ValueError(f"must be {' or '.join(map(json.dumps, _KINDS))}, got {json.dumps(name, default=str)}")
+
+
+def _of_dense(without: int) -> WrapValidator:
+    """See that a key of the dense vector is there if and only if the model makes one; gives its value without."""
+
+    def validate(value: object, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        dense = pb.EMBEDDING_KIND_DENSE in info.data.get("kinds", (pb.EMBEDDING_KIND_DENSE,))
+        if value is not None:
+            if not dense:
+                raise ValueError('is only for the kind "dense", which this model does not make')
+            return handler(value)
+        if dense:
+            raise ValueError("is missing")
+        return without
+
+    return WrapValidator(validate)
 
 
 def _pooling(ways: object) -> object:
@@ -204,6 +246,8 @@ _Input = Annotated[
 ]
 _File = Annotated[str, AfterValidator(_present)]
 _Pooling = Annotated[Literal["graph", Pooling] | tuple[Pooling, ...], BeforeValidator(_pooling)]
+_Dimensions = Annotated[PositiveInt, _of_dense(without=0)]
+_Normalized = Annotated[bool, _of_dense(without=False)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -281,6 +325,26 @@ class HeadTable(_Table):
     layers: Annotated[tuple[HeadLayer, ...], Field(min_length=1, strict=False)]
 
 
+class SparseTable(_Table):
+    """Which output gives the sparse vector, and how."""
+
+    output: str
+    pooling: Literal["max", "tokens", "graph"]
+    dimensions: PositiveInt
+    skip_tokens: tuple[NonNegativeInt, ...] = Field((), strict=False)
+
+
+class MultiVectorTable(_Table):
+    """Which output gives a row for each token, and which rows are kept."""
+
+    output: str
+    dimensions: PositiveInt
+    normalized: bool = True
+    skip_first: NonNegativeInt = 0
+    skip_tokens: tuple[NonNegativeInt, ...] = Field((), strict=False)
+    skip_in_queries: bool = False
+
+
 class ImageTable(_Table):
     """How a picture becomes pixels."""
 
@@ -332,9 +396,9 @@ class ModelSpec(_Table):
     modality: Literal["text", "image", "audio"]
     space: _Name
     kinds: tuple[_Kind, ...] = Field((pb.EMBEDDING_KIND_DENSE,), min_length=1, strict=False)
-    dimensions: PositiveInt
+    dimensions: _Dimensions = Field(None, validate_default=True)
     truncatable_dimensions: tuple[PositiveInt, ...] = Field((), strict=False)
-    normalized: bool
+    normalized: _Normalized = Field(None, validate_default=True)
     max_input_units: PositiveInt
     license: str
     source: str
@@ -346,6 +410,8 @@ class ModelSpec(_Table):
     image: ImageTable | None = Field(None, validate_default=True)
     audio: AudioTable | None = Field(None, validate_default=True)
     head: HeadTable | None = None
+    sparse: SparseTable | None = Field(None, validate_default=True)
+    multi_vector: MultiVectorTable | None = Field(None, validate_default=True)
     triton: TritonTable | None = Field(None, validate_default=True)
     variant: VariantTable | None = None
     fake: FakeSpec | None = Field(default_factory=lambda data: FakeSpec() if data.get("backend") == "fake" else None)
@@ -354,7 +420,7 @@ class ModelSpec(_Table):
     @classmethod
     def _widths_fit(cls, widths: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
         dimensions = info.data.get("dimensions")
-        if dimensions and any(width >= dimensions for width in widths):
+        if dimensions is not None and any(width >= dimensions for width in widths):
             raise ValueError(f"must all be smaller than dimensions ({dimensions}), got {list(widths)}")
         return tuple(sorted(set(widths), reverse=True))
 
@@ -400,6 +466,22 @@ class ModelSpec(_Table):
             raise ValueError(f"ends with outputs = {width}, but dimensions = {info.data['dimensions']}")
         return head
 
+    @field_validator("sparse", "multi_vector")
+    @classmethod
+    def _kind_fits(cls, table: SparseTable | MultiVectorTable | None, info: ValidationInfo) -> Any:
+        kinds = info.data.get("kinds")
+        if kinds is None or info.field_name is None:
+            return table
+        if (_KINDS[info.field_name] in kinds) != (table is not None):
+            raise ValueError(f'is only for the kind "{info.field_name}"' if table else "is missing")
+        if table and info.data.get("modality") != "text":
+            raise ValueError('is only for the modality "text"')
+        if isinstance(table, SparseTable) and info.data.get("backend") == "fake" and table.pooling != "tokens":
+            raise ValueError('must have the pooling "tokens" when the backend is "fake"')
+        if isinstance(table, SparseTable) and any(token >= table.dimensions for token in table.skip_tokens):
+            raise ValueError(f"has skip_tokens beyond its dimensions ({table.dimensions})")
+        return table
+
     @field_validator("triton")
     @classmethod
     def _triton_fits(cls, triton: TritonTable | None, info: ValidationInfo) -> TritonTable | None:
@@ -430,6 +512,9 @@ class ModelSpec(_Table):
         }
         if self.head:
             decides["head"] = self.head.model_dump()
+        for other in (self.sparse, self.multi_vector):
+            if other:
+                decides[other.__class__.__name__] = other.model_dump()
         for table in ("image", "audio"):
             if self.modality == table:
                 decides[table] = getattr(self, table).model_dump()
@@ -449,6 +534,16 @@ class ModelSpec(_Table):
         pooled = self.head.layers[0].inputs if self.head else self.dimensions
         ways = self.graph.pooling
         return pooled if isinstance(ways, str) else pooled // len(ways)
+
+    @property
+    def outputs(self) -> Mapping[pb.EmbeddingKind.ValueType, str]:
+        """Names of the graph's outputs that give each kind; one may give several."""
+        names = {pb.EMBEDDING_KIND_DENSE: self.graph.output} if pb.EMBEDDING_KIND_DENSE in self.kinds else {}
+        if self.sparse:
+            names[pb.EMBEDDING_KIND_SPARSE] = self.sparse.output
+        if self.multi_vector:
+            names[pb.EMBEDDING_KIND_MULTI_VECTOR] = self.multi_vector.output
+        return names
 
     def ref(self) -> pb.ModelRef:
         """Name this model as results do."""
@@ -547,6 +642,8 @@ _TABLES: Final[dict[tuple[str, ...], type[_Table]]] = {
     ("audio",): AudioTable,
     ("head",): HeadTable,
     ("head", "layers"): HeadLayer,
+    ("sparse",): SparseTable,
+    ("multi_vector",): MultiVectorTable,
     ("triton",): TritonTable,
     ("variant",): VariantTable,
     ("fake",): FakeSpec,

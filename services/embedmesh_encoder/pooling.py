@@ -1,6 +1,7 @@
 """From one vector a token to one vector a text, for graphs that do not pool themselves.
 
-The ways are those of sentence-transformers' `Pooling` module, over texts padded on the right.
+The ways of `pool` are those of sentence-transformers' `Pooling` module, over texts padded on the right. Sparse vectors
+are pooled text by text, because what they are pooled from is as wide as a vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Pooling", "pool"]
+__all__ = ["Pooling", "Sparse", "lexical", "nonzero", "pool", "splade"]
+
+# Of a sparse vector: the indices, ascending, uint32 [k]; the values there, float32 [k], none of them zero.
+Sparse = tuple[NDArray[np.uint32], NDArray[np.float32]]
 
 Pooling = Literal["mean", "cls", "max", "mean_sqrt_len", "weightedmean", "last"]
 
@@ -53,3 +57,36 @@ def _pool(how: Pooling, hidden: NDArray[np.float32], lengths: NDArray[np.int64])
     divisor = divisors[how].astype(np.float32)
     means: NDArray[np.float32] = sums / divisor[:, None]
     return means
+
+
+def splade(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Pool what a masked-language-model head gives for a text's tokens (Formal et al., SPLADE v2, 2021).
+
+    Args:
+        logits: float32 [tokens, vocabulary], at least one token.
+
+    Returns:
+        The largest log(1 + relu(logit)) over the tokens, float32 [vocabulary].
+    """
+    # The function never falls, so that of the largest is the largest.
+    weights: NDArray[np.float32] = np.log1p(np.maximum(logits.max(axis=0), np.float32(0)))
+    return weights
+
+
+def lexical(weights: NDArray[np.float32], ids: NDArray[np.int64]) -> Sparse:
+    """Turn a weight a token into one for each token id, as BGE-M3 does: the largest relu(weight) of equal ids.
+
+    Args:
+        weights: float32 [tokens].
+        ids: Of the tokens, int64 [tokens].
+    """
+    unique, places = np.unique(ids, return_inverse=True)
+    largest = np.zeros(len(unique), np.float32)
+    np.maximum.at(largest, places, weights)
+    return nonzero(unique, largest)
+
+
+def nonzero(indices: NDArray[np.int64], values: NDArray[np.float32]) -> Sparse:
+    """Leave zeros out; what is not a number stays."""
+    kept = values != 0
+    return indices[kept].astype(np.uint32), values[kept]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embedmesh.v1 import embedding_pb2 as pb
+from embedmesh_encoder.pooling import Sparse
 
-__all__ = ["Prepared", "Preparer"]
+__all__ = ["DENSE", "KindsPreparer", "Others", "Prepared", "Preparer"]
+
+# What a model without other kinds makes, and what is wanted unless a call says otherwise.
+DENSE: Final = frozenset((pb.EMBEDDING_KIND_DENSE,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,8 @@ class Prepared:
             cut. A lower bound for inputs many times longer than the model can read.
         truncated: Whether part of the input is not read.
         group: Only inputs of equal group can be collated, e.g. images of one shape. None where all can.
+        rows: Which of the units have a row in the multi-vector, bool [units]; None where the model makes none.
+        kinds: Kinds of vector wanted.
     """
 
     data: Any
@@ -32,6 +38,21 @@ class Prepared:
     original_units: int
     truncated: bool
     group: Hashable = None
+    rows: NDArray[np.bool_] | None = None
+    kinds: frozenset[pb.EmbeddingKind.ValueType] = DENSE
+
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """What one input gave besides its dense vector; None for kinds that are not wanted.
+
+    Attributes:
+        sparse: See `embedmesh_encoder.pooling.Sparse`.
+        multi_vector: float32 [rows, d], normalised as the manifest says.
+    """
+
+    sparse: Sparse | None = None
+    multi_vector: NDArray[np.float32] | None = None
 
 
 class Preparer(Protocol):
@@ -61,3 +82,11 @@ class Preparer(Protocol):
 
     def split(self, outputs: Mapping[str, NDArray[Any]], batch: Sequence[Prepared]) -> NDArray[np.float32]:
         """Take the vectors out of the graph's outputs: float32 [n, d], as pooled, not normalised."""
+
+
+@runtime_checkable
+class KindsPreparer(Preparer, Protocol):
+    """One for models that make more than dense vectors."""
+
+    def split_others(self, outputs: Mapping[str, NDArray[Any]], batch: Sequence[Prepared]) -> list[Others]:
+        """Take the other kinds that each input wants out of the graph's outputs; not checked for finite numbers."""

@@ -34,12 +34,20 @@ from embedmesh.v1 import (
     text_pb2_grpc,
 )
 from embedmesh.v1 import embedding_pb2 as pb
-from embedmesh.vectors import DenseOutput, decode, finish_dense
+from embedmesh.vectors import (
+    DenseOutput,
+    decode,
+    finish_dense,
+    finish_multi_vector,
+    finish_sparse,
+    require_shape_of_kinds,
+)
 from embedmesh_encoder.audio import AudioItem
 from embedmesh_encoder.batcher import Priority
 from embedmesh_encoder.encoder import Encoded, Encoder
 from embedmesh_encoder.image import ImageItem
 from embedmesh_encoder.model import ModelError, ModelSpec
+from embedmesh_encoder.preparation import DENSE, Others
 from embedmesh_encoder.text import TextItem
 from embedmesh_server.interceptor import deadline_of
 from embedmesh_server.metrics import EncoderMetrics
@@ -194,12 +202,14 @@ class EmbedService:
         encoder = self._models.find(request.model)
         if len(request.inputs) > self._max_inputs:
             raise InputTooLarge.over("the request", len(request.inputs), self._max_inputs, "inputs", field="inputs")
+        kinds = _kinds(request.output, encoder.spec)
         output = _dense_output(request.output, encoder.spec)
         _known(pb.Truncation, request.truncation, "truncation")
         _known(pb.Priority, request.priority, "priority")
 
         outcomes = await encoder.embed(
             [_read(read, each) for each in request.inputs],
+            kinds=kinds,
             truncation=request.truncation,
             priority=_PRIORITIES[request.priority],
             deadline=deadline_of(context, self._default_timeout),
@@ -267,6 +277,8 @@ class ModelCatalogServicer(catalog_pb2_grpc.ModelCatalogServicer):
                 kinds=spec.kinds,
                 dimensions=spec.dimensions,
                 truncatable_dimensions=spec.truncatable_dimensions,
+                sparse_dimensions=spec.sparse.dimensions if spec.sparse else 0,
+                multi_vector_dimensions=spec.multi_vector.dimensions if spec.multi_vector else 0,
                 max_input_units=spec.max_input_units,
                 max_inputs=self._max_inputs,
                 is_default=index == 0,
@@ -313,16 +325,24 @@ def _read_audio(message: audio_pb2.AudioInput) -> AudioItem:
             raise InvalidRequest("the input needs either the bytes of a sound or its samples")
 
 
-def _dense_output(options: pb.OutputOptions, spec: ModelSpec) -> DenseOutput:
-    """Fill the model's defaults in."""
-    for kind in options.kinds:
+def _kinds(options: pb.OutputOptions, spec: ModelSpec) -> frozenset[pb.EmbeddingKind.ValueType]:
+    """Give the kinds wanted."""
+    kinds = frozenset(options.kinds) or DENSE
+    for kind in kinds:
         _known(pb.EmbeddingKind, kind, "output.kinds")
         if kind not in spec.kinds:
+            offered = ", ".join(pb.EmbeddingKind.Name(each) for each in spec.kinds)
             raise UnsupportedOutput(
-                f'model "{spec.name}" makes no vectors of kind {pb.EmbeddingKind.Name(kind)}',
+                f'model "{spec.name}" makes no vectors of kind {pb.EmbeddingKind.Name(kind)}, only {offered}',
                 field="output.kinds",
                 metadata={"option": "kinds"},
             )
+    require_shape_of_kinds(kinds, options)
+    return kinds
+
+
+def _dense_output(options: pb.OutputOptions, spec: ModelSpec) -> DenseOutput:
+    """Fill the model's defaults in."""
     if options.dimensions not in (0, spec.dimensions, *spec.truncatable_dimensions):
         offered = ", ".join(map(str, (spec.dimensions, *spec.truncatable_dimensions)))
         raise UnsupportedOutput(
@@ -352,17 +372,21 @@ def _fill(
     response.models.append(spec.ref())
     encoded: list[Encoded] = []
     tensors: list[pb.Tensor] = []
-    units = 0
+    units = failed = 0
     for i, outcome in enumerate(outcomes):
         result: pb.EmbedResult = response.results.add()
         if isinstance(outcome, EmbedMeshError):
             if isinstance(outcome, InvalidArgument):
                 outcome.field = f"inputs[{i}].{outcome.field or content}"
             result.error.CopyFrom(to_status(outcome))
+            failed += 1
             continue
-        encoded.append(outcome)
-        result.embedding.dense_norm = outcome.norm
-        tensors.append(result.embedding.dense)
+        if outcome.vector.size:
+            encoded.append(outcome)
+            result.embedding.dense_norm = outcome.norm
+            tensors.append(result.embedding.dense)
+        if outcome.others:
+            _fill_others(result.embedding, spec, outcome.others, output.dtype)
         result.input_units = outcome.units
         units += outcome.units
         if outcome.truncated:
@@ -373,4 +397,11 @@ def _fill(
         norms = np.array([each.norm for each in encoded], np.float32) if spec.normalized else None
         finish_dense(rows, norms, output, tensors)
     response.usage.input_units = units
-    response.usage.failed_inputs = len(outcomes) - len(encoded)
+    response.usage.failed_inputs = failed
+
+
+def _fill_others(embedding: pb.Embedding, spec: ModelSpec, others: Others, dtype: pb.Dtype.ValueType) -> None:
+    if others.sparse and spec.sparse:
+        finish_sparse(*others.sparse, spec.sparse.dimensions, dtype, embedding.sparse)
+    if others.multi_vector is not None:
+        finish_multi_vector(others.multi_vector, dtype, embedding.multi_vector)

@@ -53,6 +53,14 @@ def test_show_tells_what_a_model_is(cli: Any, home: Path) -> None:
     assert table["files"] == dict(spec.files)
 
 
+def test_show_tells_every_kind_of_vector(cli: Any, tmp_path: Path) -> None:
+    write_model(tmp_path, kinds=("sparse", "multi_vector"), multi_vector_dimensions=8)
+    done = cli("models", "show", tmp_path)
+    assert "gives       sparse: lexical weights of its tokens, over a vocabulary of 262\n" in done.out
+    assert "            multi-vector: 8 numbers a token, normalised\n" in done.out
+    assert "-> token_weights, token_vectors)\n" in done.out
+
+
 def test_show_tells_how_tokens_become_a_vector(cli: Any, tmp_path: Path) -> None:
     save_file({"linear.weight": np.zeros((4, 16), np.float32)}, tmp_path / "dense.safetensors")
     for name in ("model.onnx", "tokenizer.json"):

@@ -67,7 +67,7 @@ def test_options_reach_the_gateway(connect: Any, gateway: Any) -> None:
     (request,) = gateway.requests
     assert request.model == "fake@r1"
     assert request.output == embedding_pb2.OutputOptions(
-        dimensions=2, dtype=embedding_pb2.DTYPE_FLOAT16, normalize=False
+        kinds=[embedding_pb2.EMBEDDING_KIND_DENSE], dimensions=2, dtype=embedding_pb2.DTYPE_FLOAT16, normalize=False
     )
     assert request.output.HasField("normalize")
     assert request.truncation == embedding_pb2.TRUNCATION_REFUSE

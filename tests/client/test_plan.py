@@ -16,6 +16,7 @@ from embedmesh.v1 import embedding_pb2, gateway_pb2
 
 OPTIONS = _plan.parse_options(
     model="",
+    kinds=["dense"],
     dimensions=0,
     dtype="float32",
     normalize=None,

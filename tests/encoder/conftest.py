@@ -4,7 +4,7 @@ import asyncio
 import ctypes
 import gc
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,14 @@ class Gate:
         self._open = threading.Event()
         self._open.set()
         self.batches: list[int] = []
+        self.outputs: list[tuple[str, ...]] = []
         self.closed = False
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
         self.batches.append(int(feeds["segment_ids"].max()) + 1)
         assert self._open.wait(60)
-        return self._backend.run(feeds)
+        self.outputs.append(tuple(outputs))
+        return self._backend.run(feeds, outputs)
 
     def close(self) -> None:
         self.closed = True

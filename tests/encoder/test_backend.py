@@ -1,7 +1,8 @@
 """What every backend that loads a graph must do, on tiny graphs built here."""
 
+import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def backend_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def manifest(folder: Path, backend: str, dimensions: int = 2, **changes: Any) -> ModelSpec:
+def manifest(
+    folder: Path, backend: str, dimensions: int = 2, tables: Mapping[str, Any] | None = None, **changes: Any
+) -> ModelSpec:
     write_fake(folder)  # for its tokenizer
     entries: dict[str, Any] = {
         "name": "tiny",
@@ -66,6 +69,7 @@ def manifest(folder: Path, backend: str, dimensions: int = 2, **changes: Any) ->
         "backend": backend,
         "graph": {**PADDED, **changes},
         "text": {"tokenizer": "tokenizer.json"},
+        **(tables or {}),
     }
     return write_manifest(folder, entries, ["model.onnx", "tokenizer.json"])
 
@@ -154,3 +158,78 @@ def test_an_integer_output_is_refused(tmp_path: Path, backend_name: str) -> None
     save(model, tmp_path / "model.onnx")
     with pytest.raises(ModelError, match="is int64, not float32"):
         create_backend(manifest(tmp_path, backend_name))
+
+
+KINDS: dict[str, Any] = {
+    "kinds": ["dense", "sparse", "multi_vector"],
+    "sparse": {"output": "weights", "pooling": "tokens", "dimensions": 300},
+    "multi_vector": {"output": "rows", "dimensions": 2, "normalized": False},
+}
+
+
+def graph_of_kinds(path: Path) -> None:
+    """Write one that gives each token its id as weight, and [id, id] as row; and [mean id, mean id] for the text."""
+    shapes = {"rows": ("n", "length", 2), "weights": ("n", "length", 1), "sentence": ("n", 2)}
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["ids"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["ids", "mask"], ["real"]),
+        helper.make_node("Unsqueeze", ["real", "axes"], ["weights"]),
+        helper.make_node("Concat", ["weights", "weights"], ["rows"], axis=2),
+        helper.make_node("ReduceMean", ["rows"], ["sentence"], axes=[1], keepdims=0),
+    ]
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "kinds",
+            [helper.make_tensor_value_info(name, TensorProto.INT64, ["n", "length"]) for name in INPUTS],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()],
+            [helper.make_tensor("axes", TensorProto.INT64, [1], [2])],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=9,
+    )
+    save(model, path)
+
+
+def test_a_graph_gives_several_outputs_or_those_asked_for(tmp_path: Path, backend_name: str) -> None:
+    graph_of_kinds(tmp_path / "model.onnx")
+    spec = manifest(tmp_path, backend_name, pooling="graph", output="sentence", tables=KINDS)
+    backend = create_backend(spec)
+    preparer = TextPreparer(spec)
+    batch = [preparer.prepare(TextItem(text), pb.TRUNCATION_END) for text in ("ba", "abca")]
+    batch = [dataclasses.replace(one, kinds=frozenset(spec.kinds)) for one in batch]
+    feeds = preparer.collate(batch)
+    outputs = backend.run(feeds)
+    assert set(outputs) == {"sentence", "weights", "rows"}
+    some = backend.run(feeds, ["rows", "weights"])
+    assert list(some) == ["rows", "weights"]
+    for name, output in some.items():
+        np.testing.assert_array_equal(output, outputs[name])
+    for other, prepared in zip(preparer.split_others(outputs, batch), batch, strict=True):
+        assert other.sparse is not None
+        assert other.multi_vector is not None
+        assert other.sparse[0].tolist() == other.sparse[1].tolist() == sorted(set(prepared.data.tolist()))
+        np.testing.assert_array_equal(other.multi_vector, np.stack([prepared.data] * 2, axis=1))
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "message"),
+    [
+        ("sparse", {"output": "logits"}, 'no output "logits" (its outputs: '),
+        ("sparse", {"output": "rows"}, "one weight a token was expected"),
+        ("sparse", {"output": "rows", "pooling": "max"}, "the manifest says sparse.dimensions = 300"),
+        ("sparse", {"output": "rows", "pooling": "graph"}, '2 axes were expected with pooling "graph"'),
+        ("multi_vector", {"output": "sentence"}, "3 axes were expected"),
+        ("multi_vector", {"dimensions": 3}, "the manifest says multi_vector.dimensions = 3"),
+    ],
+)
+def test_the_outputs_of_other_kinds_must_be_what_the_manifest_says(
+    tmp_path: Path, backend_name: str, kind: str, table: dict[str, Any], message: str
+) -> None:
+    graph_of_kinds(tmp_path / "model.onnx")
+    tables = {**KINDS, kind: {**KINDS[kind], **table}}
+    with pytest.raises(ModelError) as caught:
+        create_backend(manifest(tmp_path, backend_name, pooling="graph", output="sentence", tables=tables))
+    assert message in str(caught.value)

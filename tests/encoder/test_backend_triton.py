@@ -23,7 +23,7 @@ from tritonclient.utils import InferenceServerException
 from embedmesh.v1 import embedding_pb2, text_pb2, text_pb2_grpc
 from embedmesh_encoder.backend import BackendOptions, TritonOptions, create_backend
 from embedmesh_encoder.backend.fake import write_model
-from embedmesh_encoder.model import GraphSpec, ModelError, ModelSpec, TritonTable, load_spec
+from embedmesh_encoder.model import GraphSpec, ModelError, ModelSpec, SparseTable, TritonTable, load_spec
 from embedmesh_encoder.text import TextItem, TextPreparer
 
 NAMES = ("input_ids", "position_ids", "segment_ids")
@@ -87,8 +87,12 @@ class Server(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
         ids, _, segments = (np.frombuffer(raw, np.int64) for raw in request.raw_input_contents)
         first = [ids[segments == segment][0] for segment in range(segments.max() + 1)]
         vectors = np.repeat(np.array(first, np.float32)[:, None], 4, axis=1)
-        response = pb.ModelInferResponse(raw_output_contents=[vectors.tobytes()])
-        response.outputs.add(name="sentence_embedding", datatype="FP32", shape=vectors.shape)
+        weights = ids.astype(np.float32).reshape(1, -1, 1)
+        response = pb.ModelInferResponse()
+        for output in request.outputs:
+            array = {"sentence_embedding": vectors, "token_weights": weights}[output.name]
+            response.raw_output_contents.append(array.tobytes())
+            response.outputs.add(name=output.name, datatype="FP32", shape=array.shape)
         return response
 
 
@@ -126,6 +130,23 @@ def test_a_batch_goes_there_and_back(server: Server, spec: ModelSpec) -> None:
     assert (request.model_name, request.model_version) == ("minilm", "1")
     assert [(one.name, one.datatype, list(one.shape)) for one in request.inputs] == [
         (name, "INT64", [1, 2]) for name in NAMES
+    ]
+    backend.close()
+
+
+def test_only_the_outputs_asked_for_are_sent(server: Server, spec: ModelSpec) -> None:
+    table = SparseTable(output="token_weights", pooling="tokens", dimensions=300, skip_tokens=())
+    kinds = (embedding_pb2.EMBEDDING_KIND_DENSE, embedding_pb2.EMBEDDING_KIND_SPARSE)
+    weights = {"name": "token_weights", "data_type": "TYPE_FP32", "dims": [-1, -1, 1]}
+    server.config = {**PACKED, "output": [*PACKED["output"], weights]}
+    backend = create_backend(spec.model_copy(update={"kinds": kinds, "sparse": table}), options(server))
+    assert set(backend.run(feeds(7, 9))) == {"sentence_embedding", "token_weights"}
+    found = backend.run(feeds(7, 9), ["token_weights"])
+    np.testing.assert_array_equal(found.pop("token_weights"), [[[7], [9]]])
+    assert found == {}
+    assert [[output.name for output in request.outputs] for request in server.requests] == [
+        ["sentence_embedding", "token_weights"],
+        ["token_weights"],
     ]
     backend.close()
 

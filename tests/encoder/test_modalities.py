@@ -94,9 +94,9 @@ class Counted:
         self.name, self.precision = backend.name, backend.precision
         self.shapes: list[tuple[int, ...]] = []
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
         self.shapes += [feed.shape for name, feed in feeds.items() if name != "attention_mask"]
-        return self._backend.run(feeds)
+        return self._backend.run(feeds, outputs)
 
     def close(self) -> None:
         self._backend.close()

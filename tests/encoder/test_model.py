@@ -30,6 +30,10 @@ MANIFEST: dict[str, Any] = {
     "graph": {"file": "onnx/model.onnx", "layout": "packed"},
     "text": {"tokenizer": "tokenizer.json", "prompts": {"query": "query: "}},
 }
+SPARSE = {"output": "logits", "pooling": "max", "dimensions": 9}
+MULTI_VECTOR = {"output": "tokens", "dimensions": 4}
+# For manifests, from which `write` takes what is None.
+NO_DENSE = {"kinds": ["sparse"], "dimensions": None, "normalized": None}
 Write = Callable[..., ModelSpec]
 
 
@@ -39,7 +43,7 @@ def write(tmp_path: Path) -> Write:
         (tmp_path / "onnx").mkdir(exist_ok=True)
         (tmp_path / "onnx/model.onnx").write_bytes(content)
         (tmp_path / "tokenizer.json").write_bytes(b"{}")
-        manifest = {**MANIFEST, **(changes or {})}
+        manifest = {key: value for key, value in {**MANIFEST, **(changes or {})}.items() if value is not None}
         return write_manifest(tmp_path, manifest, ["onnx/model.onnx", "tokenizer.json"])
 
     return write
@@ -69,6 +73,31 @@ def test_what_was_written_is_read(write: Write, tmp_path: Path) -> None:
     assert (spec.text.query_prompt, spec.text.document_prompt) == ("query: ", "")
     assert spec.ref() == pb.ModelRef(name="org/tiny-text", revision=spec.revision, space="tiny")
     verify_files(spec)
+
+
+def test_a_model_may_make_several_kinds(write: Write) -> None:
+    spec = write({"kinds": ["dense", "sparse", "multi_vector"], "sparse": SPARSE, "multi_vector": MULTI_VECTOR})
+    assert list(spec.outputs.values()) == ["sentence_embedding", "logits", "tokens"]
+    assert spec.sparse is not None
+    assert spec.multi_vector is not None
+    assert (spec.sparse.skip_tokens, spec.multi_vector.skip_first, spec.multi_vector.normalized) == ((), 0, True)
+
+
+def test_a_model_may_make_no_dense_vectors(write: Write) -> None:
+    spec = write({**NO_DENSE, "truncatable_dimensions": None, "sparse": SPARSE})
+    assert (spec.dimensions, spec.normalized, list(spec.outputs.values())) == (0, False, ["logits"])
+
+
+def test_what_changes_another_kind_is_another_revision(write: Write) -> None:
+    kinds = {"kinds": ["dense", "sparse", "multi_vector"]}
+    tables = [
+        (SPARSE, MULTI_VECTOR),
+        ({**SPARSE, "skip_tokens": [1]}, MULTI_VECTOR),
+        (SPARSE, {**MULTI_VECTOR, "skip_first": 1}),
+        (SPARSE, {**MULTI_VECTOR, "normalized": False}),
+    ]
+    revisions = [write({**kinds, "sparse": one, "multi_vector": other}).revision for one, other in tables]
+    assert len({write().revision, *revisions}) == 5
 
 
 def test_several_ways_of_pooling_are_joined(write: Write) -> None:
@@ -166,7 +195,18 @@ def test_the_revision_ignores_the_fakes_speed(write: Write) -> None:
         ({"modality": "video"}, "modality must be 'text', 'image' or 'audio', got \"video\""),
         ({"backend": "tensorflow"}, "'openvino', 'triton' or 'fake', got \"tensorflow\""),
         ({"precision": "int4"}, "precision must be 'float32', 'bfloat16', 'float16' or 'int8', got \"int4\""),
-        ({"kinds": ["dense", "sparse"]}, 'kinds.1 must be "dense", got "sparse"'),
+        ({"kinds": ["dense", "bits"]}, 'kinds.1 must be "dense" or "sparse" or "multi_vector", got "bits"'),
+        ({"kinds": ["dense", "sparse"]}, "sparse is missing"),
+        ({"multi_vector": MULTI_VECTOR}, 'multi_vector is only for the kind "multi_vector"'),
+        ({"kinds": ["sparse"], "sparse": SPARSE}, 'dimensions is only for the kind "dense"'),
+        ({"kinds": ["sparse"], "sparse": SPARSE}, 'normalized is only for the kind "dense"'),
+        ({"dimensions": 0}, "dimensions must be greater than 0, got 0"),
+        ({**NO_DENSE, "sparse": SPARSE}, "truncatable_dimensions must all be smaller than dimensions (0)"),
+        ({"kinds": ["sparse"], "sparse": {**SPARSE, "pooling": "mean"}}, "must be 'max', 'tokens' or 'graph'"),
+        ({"kinds": ["sparse"], "sparse": {**SPARSE, "skip_tokens": [9]}}, "skip_tokens beyond its dimensions (9)"),
+        ({"kinds": ["sparse"], "sparse": {**SPARSE, "pool": ""}}, "sparse.pool is unknown, did you mean pooling?"),
+        ({"kinds": ["multi_vector"], "multi_vector": {"output": "x"}}, "multi_vector.dimensions is missing"),
+        ({"backend": "fake", "kinds": ["sparse"], "sparse": SPARSE}, 'must have the pooling "tokens"'),
         ({"kinds": []}, "kinds must have at least 1 item"),
         ({"truncatable_dimensions": [4, 8]}, "must all be smaller than dimensions (8), got [4, 8]"),
         ({"truncatable_dimensions": 4}, "truncatable_dimensions must be a list, got 4"),

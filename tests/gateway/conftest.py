@@ -39,6 +39,7 @@ from embedmesh.v1 import (
     text_pb2_grpc,
 )
 from embedmesh.v1 import embedding_pb2 as pb
+from embedmesh.vectors import finish_multi_vector, finish_sparse
 from embedmesh_gateway.cache import VectorCache
 from embedmesh_gateway.settings import GatewaySettings
 from embedmesh_gateway.wiring import running
@@ -46,6 +47,8 @@ from embedmesh_server.interceptor import Boundary
 from embedmesh_server.metrics import GatewayMetrics, ServerMetrics
 
 D = 32
+# Width of a multi-vector's rows.
+M = 8
 BOUND = 20.0  # seconds; no test waits longer for anything
 
 
@@ -164,6 +167,8 @@ class Encoder(
             kinds=info.pop("kinds", [pb.EMBEDDING_KIND_DENSE]),
             dimensions=D,
             truncatable_dimensions=[8, 16],
+            sparse_dimensions=D,
+            multi_vector_dimensions=info.pop("multi_vector_dimensions", M),
             max_input_units=64,
             max_inputs=info.pop("max_inputs", 64),
             is_default=True,
@@ -252,10 +257,14 @@ class Encoder(
             vector = (vector * np.float32(norm)).astype(np.float32)
         embedding.dense.CopyFrom(pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[D], data=vector.tobytes()))
         embedding.dense_norm = norm
-        if pb.EMBEDDING_KIND_SPARSE in request.output.kinds:
-            embedding.sparse.indices.CopyFrom(
-                pb.Tensor(dtype=pb.DTYPE_UINT32, shape=[1], data=np.uint32(i + 1).tobytes())
-            )
+        kinds = set(request.output.kinds)
+        if pb.EMBEDDING_KIND_SPARSE in kinds:
+            (places,) = np.nonzero(vector > 0)
+            finish_sparse(places.astype(np.uint32), vector[places], D, pb.DTYPE_FLOAT32, embedding.sparse)
+        if pb.EMBEDDING_KIND_MULTI_VECTOR in kinds:
+            finish_multi_vector(vector.reshape(-1, M), pb.DTYPE_FLOAT32, embedding.multi_vector)
+        if kinds and pb.EMBEDDING_KIND_DENSE not in kinds:
+            embedding.ClearField("dense")
         result.input_units = 3 + len(getattr(item, "text", ""))
         if result.input_units > 64:
             result.truncated, result.original_units, result.input_units = True, result.input_units, 64

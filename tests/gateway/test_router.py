@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -447,7 +447,7 @@ async def test_the_repr_tells_the_state(open_cache: Any) -> None:
     async with open_cache() as (cache, _):
         metrics = GatewayMetrics(CollectorRegistry())
         catalog = Catalog({}, refresh_seconds=1, metrics=metrics)
-        router = Router(catalog, {}, cache, metrics, max_inputs=1, max_inflight_inputs=7)
+        router = Router(catalog, {}, cache, metrics, max_inputs=1, max_inflight_inputs=7, max_message_bytes=1 << 20)
         assert repr(router).startswith("<Router flights=0 <Admission inputs=0/7 waiting=0> <VectorCache memory only")
 
 
@@ -957,35 +957,226 @@ async def test_a_norm_that_was_not_told_cannot_be_undone(mesh: Any) -> None:
     assert response.usage.failed_inputs == 1
 
 
-async def test_kinds_are_fetched_once_known_to_be_missing_and_never_lost(open_mesh: Any, make_encoder: Any) -> None:
-    dense, sparse = pb.EMBEDDING_KIND_DENSE, pb.EMBEDDING_KIND_SPARSE
-    async with open_mesh({"text": [make_encoder("text", kinds=[dense, sparse])]}) as mesh:
-        only_dense = (await mesh.embed(["a"])).results[0].embedding
-        assert (only_dense.HasField("dense"), only_dense.HasField("sparse")) == (True, False)
-        only_sparse = (await mesh.embed(["a"], output=pb.OutputOptions(kinds=[sparse]))).results[0]
-        assert (only_sparse.embedding.HasField("dense"), only_sparse.embedding.HasField("sparse")) == (False, True)
-        assert not only_sparse.cached
-        for kinds in ([dense], [sparse], [dense, sparse]):
-            (result,) = (await mesh.embed(["a"], output=pb.OutputOptions(kinds=kinds))).results
-            assert result.cached
-        assert len(mesh.text.calls) == 2
+DENSE, SPARSE, MULTI = pb.EMBEDDING_KIND_DENSE, pb.EMBEDDING_KIND_SPARSE, pb.EMBEDDING_KIND_MULTI_VECTOR
+
+
+@pytest.fixture
+async def kinds_mesh(open_mesh: Any, make_encoder: Any, valkey: Any) -> AsyncIterator[Any]:
+    """Of a model that makes all kinds of vector."""
+    encoder = make_encoder("text", kinds=[DENSE, SPARSE, MULTI])
+    async with open_mesh({"text": [encoder]}, redis_url=valkey.url) as mesh:
+        yield mesh
+
+
+async def asked(mesh: Any, *kinds: pb.EmbeddingKind.ValueType, text: str = "a", **output: Any) -> pb.EmbedResult:
+    (result,) = (await mesh.embed([text], output=pb.OutputOptions(kinds=kinds, **output))).results
+    made = {"dense": DENSE, "sparse": SPARSE, "multi_vector": MULTI}
+    assert {made[field.name] for field, _ in result.embedding.ListFields() if field.name in made} == set(kinds)
+    return cast("pb.EmbedResult", result)
+
+
+def sparse_of(full: Any) -> tuple[list[int], list[float]]:
+    (places,) = np.nonzero(full > 0)
+    return places.tolist(), full[places].tolist()
+
+
+def read_sparse(embedding: pb.Embedding) -> tuple[list[int], list[float]]:
+    return vectors.decode(embedding.sparse.indices).tolist(), vectors.decode(embedding.sparse.values).tolist()
+
+
+async def test_all_kinds_come_from_one_call_and_then_from_the_cache(kinds_mesh: Any) -> None:
+    full = kinds_mesh.expected("a")
+    for cached in (False, True):
+        result = await asked(kinds_mesh, DENSE, SPARSE, MULTI)
+        assert result.cached is cached
+        assert np.array_equal(vectors.decode(result.embedding.dense), full)
+        assert read_sparse(result.embedding) == sparse_of(full)
+        assert result.embedding.sparse.dimensions == D
+        assert np.array_equal(vectors.decode(result.embedding.multi_vector), full.reshape(-1, 8))
+    assert len(kinds_mesh.text.calls) == 1
+
+
+@pytest.mark.parametrize("first", [DENSE, SPARSE, MULTI])
+async def test_kinds_are_fetched_once_known_to_be_missing_and_never_lost(
+    kinds_mesh: Any, first: pb.EmbeddingKind.ValueType
+) -> None:
+    """Callers that want this kind and that do not make each other's vectors be computed again and again."""
+    order = [first, *({DENSE, SPARSE, MULTI} - {first})]
+    for kind in order:
+        assert (await asked(kinds_mesh, kind)).cached is (kind == DENSE != first)
+    calls = len(kinds_mesh.text.calls)
+    assert calls == (3 if first == DENSE else 2)
+    for kinds in ([DENSE], [SPARSE], [MULTI], [SPARSE, MULTI], [DENSE, SPARSE, MULTI]):
+        assert (await asked(kinds_mesh, *kinds)).cached
+    assert len(kinds_mesh.text.calls) == calls
+
+
+async def test_a_kind_that_only_redis_holds_is_not_lost(open_mesh: Any, make_encoder: Any, valkey: Any) -> None:
+    """Another gateway, whose memory knows nothing, asks for the other kind."""
+    encoder = make_encoder("text", kinds=[DENSE, SPARSE, MULTI])
+    for kinds in ([SPARSE], [MULTI]):
+        async with open_mesh({"text": [encoder]}, redis_url=valkey.url) as mesh:
+            await asked(mesh, *kinds)
+        await encoder.start(encoder.address)
+    async with open_mesh({"text": [encoder]}, redis_url=valkey.url) as mesh:
+        assert (await asked(mesh, DENSE, SPARSE, MULTI)).cached
+    assert len(encoder.calls) == 2
+
+
+async def test_dtype_is_that_of_every_kind(kinds_mesh: Any) -> None:
+    full = kinds_mesh.expected("a")
+    for _ in range(2):  # computed, and from the cache
+        embedding = (await asked(kinds_mesh, DENSE, SPARSE, MULTI, dtype=pb.DTYPE_FLOAT16)).embedding
+        for tensor in (embedding.dense, embedding.sparse.values, embedding.multi_vector):
+            assert tensor.dtype == pb.DTYPE_FLOAT16
+        half = full.astype(np.float16)
+        assert np.array_equal(vectors.decode(embedding.dense), half)
+        assert np.array_equal(vectors.decode(embedding.multi_vector), half.reshape(-1, 8))
+        assert read_sparse(embedding) == sparse_of(half)
+    # What is cached stays as it was.
+    assert np.array_equal(vectors.decode((await asked(kinds_mesh, MULTI)).embedding.multi_vector), full.reshape(-1, 8))
+
+
+async def test_width_and_normalisation_are_those_of_the_dense_vector(kinds_mesh: Any) -> None:
+    result = await asked(kinds_mesh, DENSE, MULTI, dimensions=16, normalize=False)
+    assert list(result.embedding.dense.shape) == [16]
+    assert list(result.embedding.multi_vector.shape) == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("output", "option", "words"),
+    [
+        ({"kinds": [SPARSE], "dimensions": 16}, "dimensions", "for vectors of kind DENSE"),
+        ({"kinds": [SPARSE, MULTI], "dimensions": D}, "dimensions", "for vectors of kind DENSE"),
+        ({"kinds": [MULTI], "normalize": False}, "normalize", "for vectors of kind DENSE"),
+        ({"kinds": [DENSE, SPARSE], "dtype": pb.DTYPE_INT8}, "dtype", "FLOAT32 or FLOAT16"),
+        ({"kinds": [MULTI], "dtype": pb.DTYPE_BINARY}, "dtype", "FLOAT32 or FLOAT16"),
+        ({"kinds": [DENSE, 17]}, "kinds", "makes EMBEDDING_KIND_DENSE and EMBEDDING_KIND_SPARSE and"),
+    ],
+)
+async def test_options_that_a_kind_does_not_have_are_refused_with_what_is_offered(
+    kinds_mesh: Any, output: dict[str, Any], option: str, words: str
+) -> None:
+    error = await failure(kinds_mesh.embed(["x"], output=pb.OutputOptions(**output)))
+    assert isinstance(error, UnsupportedOutput)
+    assert (error.field, error.metadata) == (f"output.{option}", {"option": option})
+    assert words in error.message
+    assert kinds_mesh.text.calls == []
+
+
+def spoil(path: str, **fields: Any) -> Callable[[Any], None]:
+    def apply(response: Any) -> None:
+        message = response.results[0].embedding
+        for name in path.split("."):
+            message = getattr(message, name)
+        for name, value in fields.items():
+            message.ClearField(name)
+            if isinstance(value, list):
+                getattr(message, name).extend(value)
+            else:
+                setattr(message, name, value)
+
+    return apply
+
+
+HOSTILE = {
+    "rows of another width": spoil("multi_vector", shape=[8, 4]),
+    "one axis": spoil("multi_vector", shape=[32]),
+    "no axis": spoil("multi_vector", shape=[]),
+    "three axes": spoil("multi_vector", shape=[1, 4, 8]),
+    "more rows than data": spoil("multi_vector", shape=[2**31, 8]),
+    "rows without width": spoil("multi_vector", shape=[5, 0], data=b""),
+    "half a row": spoil("multi_vector", data=b"1234" * 7),
+    "rows of integers": spoil("multi_vector", dtype=pb.DTYPE_UINT32),
+    "indices without values": spoil("sparse.values", shape=[0], data=b""),
+    "fewer indices than said": spoil("sparse.indices", data=b"\x01\0\0\0"),
+    "values of no type": spoil("sparse.values", dtype=0),
+    "another vocabulary": spoil("sparse", dimensions=7),
+    "no vocabulary": spoil("sparse", dimensions=0),
+}
+
+
+def spoil_order(response: Any) -> None:
+    indices = response.results[0].embedding.sparse.indices
+    indices.data = vectors.decode(indices)[::-1].tobytes()
+
+
+def spoil_bounds(response: Any) -> None:
+    indices = response.results[0].embedding.sparse.indices
+    places = vectors.decode(indices).copy()
+    places[-1] = D
+    indices.data = places.tobytes()
+
+
+HOSTILE |= {"descending indices": spoil_order, "indices beyond the vocabulary": spoil_bounds}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+async def test_hostile_shapes_of_other_kinds_are_neither_believed_nor_cached(kinds_mesh: Any, what: str) -> None:
+    output = pb.OutputOptions(kinds=[DENSE, SPARSE, MULTI])
+    kinds_mesh.text.after = HOSTILE[what]
+    bad, good = (await kinds_mesh.embed(["a", "b"], output=output)).results
+    assert isinstance(from_status(bad.error), InternalError)
+    assert good.HasField("embedding")
+    kinds_mesh.text.after = None
+    again = (await kinds_mesh.embed(["a", "b"], output=output)).results
+    assert [result.cached for result in again] == [False, True]
+
+
+async def test_vectors_without_entries_are_whole(kinds_mesh: Any) -> None:
+    """A text of punctuation only may have neither a weight nor a row."""
+
+    def empty(response: Any) -> None:
+        embedding = response.results[0].embedding
+        embedding.ClearField("sparse")
+        embedding.ClearField("multi_vector")
+        none = np.empty(0, np.float32)
+        vectors.finish_sparse(none.astype(np.uint32), none, D, pb.DTYPE_FLOAT32, embedding.sparse)
+        vectors.finish_multi_vector(none.reshape(0, 8), pb.DTYPE_FLOAT32, embedding.multi_vector)
+
+    kinds_mesh.text.after = empty
+    for _ in range(2):
+        embedding = (await asked(kinds_mesh, SPARSE, MULTI)).embedding
+        assert read_sparse(embedding) == ([], [])
+        assert vectors.decode(embedding.multi_vector).shape == (0, 8)
 
 
 async def test_calls_whose_answers_are_large_are_split(open_mesh: Any, make_encoder: Any) -> None:
-    multi = pb.EMBEDDING_KIND_MULTI_VECTOR
-
     def tokens(response: Any) -> None:
         for result in response.results:
             result.embedding.multi_vector.CopyFrom(
                 pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[64, D], data=bytes(64 * D * 4))
             )
 
-    encoder = make_encoder("text", kinds=[pb.EMBEDDING_KIND_DENSE, multi], max_inputs=1024)
+    encoder = make_encoder("text", kinds=[DENSE, MULTI], multi_vector_dimensions=D, max_inputs=1024)
     encoder.after = tokens
     async with open_mesh({"text": [encoder]}, max_message_bytes=1 << 20) as mesh:
-        response = await mesh.embed([str(i) for i in range(120)], output=pb.OutputOptions(kinds=[multi]))
+        response = await mesh.embed([str(i) for i in range(118)], output=pb.OutputOptions(kinds=[MULTI]))
         assert all(result.embedding.HasField("multi_vector") for result in response.results)
         assert len(encoder.calls) == 2
+
+
+async def test_an_answer_that_no_message_holds_is_refused_input_by_input(open_mesh: Any, make_encoder: Any) -> None:
+    """What does not fit is cached, and comes when it is asked for with less around it."""
+
+    def tokens(response: Any) -> None:
+        for result in response.results:
+            result.embedding.multi_vector.CopyFrom(
+                pb.Tensor(dtype=pb.DTYPE_FLOAT32, shape=[2500, D], data=bytes(2500 * D * 4))
+            )
+
+    encoder = make_encoder("text", kinds=[DENSE, MULTI], multi_vector_dimensions=D, max_inputs=2)
+    encoder.after = tokens
+    async with open_mesh({"text": [encoder]}, max_message_bytes=1 << 20) as mesh:
+        output = pb.OutputOptions(kinds=[MULTI])
+        response = await mesh.embed(["a", "b", "c", "d"], output=output)
+        assert [result.HasField("embedding") for result in response.results] == [True, True, True, False]
+        error = from_status(response.results[3].error)
+        assert isinstance(error, InputTooLarge)
+        assert (error.field, error.metadata["unit"]) == ("inputs[3]", "bytes")
+        assert "ask for fewer inputs at once" in error.message
+        assert (response.usage.failed_inputs, response.results[3].cached) == (1, False)
+        assert (await mesh.embed(["d"], output=output)).results[0].cached
 
 
 # Everything together.

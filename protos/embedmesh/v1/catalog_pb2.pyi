@@ -77,11 +77,13 @@ class ModelInfo(_message.Message):
     READY_FIELD_NUMBER: _builtins.int
     NORMALIZED_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    SPARSE_DIMENSIONS_FIELD_NUMBER: _builtins.int
+    MULTI_VECTOR_DIMENSIONS_FIELD_NUMBER: _builtins.int
     family: _builtins.str
     """Name under which the towers of several modalities answer together."""
     modality: Global___Modality.ValueType
     dimensions: _builtins.int
-    """Full width of the dense vector."""
+    """Full width of the dense vector; 0 when the model makes none."""
     max_input_units: _builtins.int
     """The most units (tokens, patches, frames) the model reads of one input, special
     tokens included.
@@ -96,6 +98,12 @@ class ModelInfo(_message.Message):
     """True when the reference library normalises this model's dense vectors, which is
     then what an unset OutputOptions.normalize means.
     """
+    sparse_dimensions: _builtins.int
+    """Size of the vocabulary that sparse vectors have weights for; 0 when the model
+    makes none.
+    """
+    multi_vector_dimensions: _builtins.int
+    """Width of each row of a multi-vector; 0 when the model makes none."""
     @_builtins.property
     def model(self) -> _embedding_pb2.ModelRef: ...
     @_builtins.property
@@ -125,10 +133,12 @@ class ModelInfo(_message.Message):
         ready: _builtins.bool = ...,
         normalized: _builtins.bool = ...,
         limits: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        sparse_dimensions: _builtins.int = ...,
+        multi_vector_dimensions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dimensions", b"dimensions", "family", b"family", "is_default", b"is_default", "kinds", b"kinds", "limits", b"limits", "max_input_units", b"max_input_units", "max_inputs", b"max_inputs", "modality", b"modality", "model", b"model", "normalized", b"normalized", "ready", b"ready", "truncatable_dimensions", b"truncatable_dimensions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dimensions", b"dimensions", "family", b"family", "is_default", b"is_default", "kinds", b"kinds", "limits", b"limits", "max_input_units", b"max_input_units", "max_inputs", b"max_inputs", "modality", b"modality", "model", b"model", "multi_vector_dimensions", b"multi_vector_dimensions", "normalized", b"normalized", "ready", b"ready", "sparse_dimensions", b"sparse_dimensions", "truncatable_dimensions", b"truncatable_dimensions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -276,17 +276,20 @@ class OutputOptions(_message.Message):
     NORMALIZE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     dimensions: _builtins.int
-    """Width of the dense vector. 0 means the model's full width. Anything else must be
+    """Width of the dense vector, and of no other kind. 0 means the model's full width. Anything else must be
     one of ModelInfo.truncatable_dimensions (Matryoshka widths the model was trained
-    for), otherwise UNSUPPORTED_OUTPUT. Cut vectors are normalised again.
+    for) and DENSE among the kinds, otherwise UNSUPPORTED_OUTPUT. Cut vectors are
+    normalised again.
     """
     normalize: _builtins.bool
-    """Unset: as the model's reference library does it. true: L2 norm 1.
-    false: the vector as pooled, not normalised.
+    """Of the dense vector; UNSUPPORTED_OUTPUT without DENSE among the kinds. Other kinds
+    are as the model's reference library gives them. Unset: as that library does it.
+    true: L2 norm 1. false: the vector as pooled, not normalised.
     """
     dtype: Global___Dtype.ValueType
-    """Element type of the dense vector; UNSPECIFIED means FLOAT32. Offered: FLOAT32,
-    FLOAT16, INT8, BINARY.
+    """Element type of every kind wanted; UNSPECIFIED means FLOAT32. Offered: FLOAT32 and
+    FLOAT16, and where DENSE alone is wanted INT8 and BINARY. FLOAT16 leaves weights of
+    a sparse vector out that it cannot tell from 0.
     """
     @_builtins.property
     def kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___EmbeddingKind.ValueType]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -35,8 +35,12 @@ class Backend(Protocol):
     name: str
     precision: str
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
         """Run the graph. Blocking, releases the GIL, may be called from several threads at once.
+
+        Args:
+            feeds: The graph's inputs.
+            outputs: Which of `ModelSpec.outputs` are wanted; all of them unless given.
 
         Raises:
             Exception: Whatever the library raises; its text is for the log, never for callers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
@@ -87,19 +87,16 @@ class OnnxRuntimeBackend:
                 "its own message above says which driver or library is missing"
             )
         self._session.disable_fallback()
-        self._outputs = [spec.graph.output]
+        self._outputs = list(dict.fromkeys(spec.outputs.values()))
         _check(self._session, spec)
-        self._device = (
-            None
-            if spec.backend == "onnxruntime"
-            else _Device(self._session, "cuda", spec.graph.output, graphs=cuda_graphs)
-        )
+        self._device = None if spec.backend == "onnxruntime" else _Device(self._session, "cuda", graphs=cuda_graphs)
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run the graph; feeds and output as `embedmesh_encoder.model` describes the layouts."""
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
+        """Run the graph; feeds and outputs as `embedmesh_encoder.model` describes the layouts."""
+        outputs = outputs or self._outputs
         if self._device:
-            return self._device.run(feeds)
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+            return self._device.run(feeds, outputs)
+        return dict(zip(outputs, self._session.run(outputs, dict(feeds)), strict=True))
 
     def close(self) -> None:
         """Free the session's memory and threads."""
@@ -110,18 +107,17 @@ class OnnxRuntimeBackend:
 class _Device:
     """Runs a session on inputs that stay allocated on a device, for each set of shapes and each concurrent run."""
 
-    def __init__(self, session: Any, device: str, output: str, *, graphs: bool = False) -> None:
+    def __init__(self, session: Any, device: str, *, graphs: bool = False) -> None:
         self._session = session
         self._device = device
-        self._output = output
         # What is recorded for replay is all that the process does on the device, so nothing may run beside it.
         self._alone = threading.Lock() if graphs else None
         self._lock = threading.Lock()
-        self._idle: dict[tuple[tuple[int, ...], ...], list[_Binding]] = {}
+        self._idle: dict[tuple[tuple[str, ...], tuple[tuple[int, ...], ...]], list[_Binding]] = {}
         self._made = 0
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        shapes = tuple(array.shape for array in feeds.values())
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+        shapes = (tuple(outputs), tuple(array.shape for array in feeds.values()))
         with self._lock:
             idle = self._idle.get(shapes)
             binding = idle.pop() if idle else None
@@ -131,19 +127,26 @@ class _Device:
             number = self._made if binding is None and self._made <= _BINDINGS else _NO_GRAPH
         with self._alone or nullcontext():
             if binding is None:
-                binding = _Binding(self._session, self._device, feeds, self._output, number, graph=bool(self._alone))
-            output = binding.run(feeds)
+                binding = _Binding(self._session, self._device, feeds, outputs, number, graph=bool(self._alone))
+            arrays = binding.run(feeds)
         if binding.number != _NO_GRAPH:
             with self._lock:
                 self._idle.setdefault(shapes, []).append(binding)
-        return {self._output: output}
+        return dict(zip(outputs, arrays, strict=True))
 
 
 class _Binding:
     """Inputs of one set of shapes in a device's memory, written in place for each run."""
 
     def __init__(
-        self, session: Any, device: str, feeds: Mapping[str, NDArray[Any]], output: str, number: int, *, graph: bool
+        self,
+        session: Any,
+        device: str,
+        feeds: Mapping[str, NDArray[Any]],
+        outputs: Sequence[str],
+        number: int,
+        *,
+        graph: bool,
     ) -> None:
         self.number = number
         self._session = session
@@ -151,26 +154,27 @@ class _Binding:
         self._values = {name: ort.OrtValue.ortvalue_from_numpy(array, device, 0) for name, array in feeds.items()}
         for name, value in self._values.items():
             self._binding.bind_ortvalue_input(name, value)
-        # Its shape may depend on the contents of the inputs, so the library allocates it at each run ...
-        self._binding.bind_output(output, device, 0)
+        # Their shapes may depend on the contents of the inputs, so the library allocates them at each run ...
+        for output in outputs:
+            self._binding.bind_output(output, device, 0)
         self._options = ort.RunOptions()
         if graph:
             self._options.add_run_config_entry(_GRAPH_KEY, str(_NO_GRAPH))
         if graph and number != _NO_GRAPH:
             # ... but what was recorded writes to the same place ever after.
             session.run_with_iobinding(self._binding, self._options)
-            shape = self._binding.get_outputs()[0].shape()
-            place = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, device, 0)
-            self._binding.bind_ortvalue_output(output, place)
+            for output, value in zip(outputs, self._binding.get_outputs(), strict=True):
+                place = ort.OrtValue.ortvalue_from_shape_and_type(value.shape(), np.float32, device, 0)
+                self._binding.bind_ortvalue_output(output, place)
             self._options = ort.RunOptions()
             self._options.add_run_config_entry(_GRAPH_KEY, str(number))
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
         for name, array in feeds.items():
             self._values[name].update_inplace(np.ascontiguousarray(array))
         self._session.run_with_iobinding(self._binding, self._options)
-        output: NDArray[np.float32] = self._binding.copy_outputs_to_cpu()[0]
-        return output
+        outputs: list[NDArray[np.float32]] = self._binding.copy_outputs_to_cpu()
+        return outputs
 
 
 def _providers(spec: ModelSpec, cache_folder: Path | None, cuda_graphs: bool) -> list[tuple[str, dict[str, str]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,20 +82,20 @@ class OpenVinoBackend:
             raise ModelError(
                 f"cannot load {path} with openvino {ov.__version__.partition('-')[0]}: {' '.join(str(error).split())}"
             ) from None
-        self._output = spec.graph.output
+        self._outputs = list(dict.fromkeys(spec.outputs.values()))
         self._idle: list[Any] = []
         self._lock = threading.Lock()
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run the graph; feeds and output as `embedmesh_encoder.model` describes the layouts."""
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
+        """Run the graph; feeds and outputs as `embedmesh_encoder.model` describes the layouts."""
         with self._lock:
             request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
-        # Inputs are read where they lie; the output is a copy, because the next run overwrites it.
-        outputs = request.infer(dict(feeds), share_inputs=True, share_outputs=False)
+        # Inputs are read where they lie; outputs are copies, because the next run overwrites them.
+        results = request.infer(dict(feeds), share_inputs=True, share_outputs=False)
         # A request that raised is not used again.
         with self._lock:
             self._idle.append(request)
-        return {self._output: outputs[self._output]}
+        return {name: results[name] for name in outputs or self._outputs}
 
     def close(self) -> None:
         """Free the model's memory and threads."""
@@ -117,5 +117,5 @@ def _check(model: Any, spec: ModelSpec) -> None:
             found[name] = Port(_DTYPES.get(kind, kind), sizes)
         return found
 
-    inputs, outputs = ports(model.inputs, spec.graph.inputs), ports(model.outputs, (spec.graph.output,))
+    inputs, outputs = ports(model.inputs, spec.graph.inputs), ports(model.outputs, tuple(spec.outputs.values()))
     check_signature(spec, str(spec.path(spec.graph.file)), inputs, outputs)

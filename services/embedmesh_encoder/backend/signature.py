@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from embedmesh_encoder.model import MANIFEST, ModelError, ModelSpec
+from embedmesh.v1 import embedding_pb2 as pb
+from embedmesh_encoder.model import MANIFEST, ModelError, ModelSpec, SparseTable
 
 __all__ = ["Port", "check_signature", "input_type"]
 
@@ -51,7 +52,7 @@ def check_signature(spec: ModelSpec, graph: str, inputs: Mapping[str, Port], out
     Raises:
         ModelError: They do not fit; all problems are in the message.
     """
-    problems = []
+    problems: list[str] = []
     for name in spec.graph.inputs:
         if name not in inputs:
             problems.append(f'it has no input "{name}" (its inputs: {", ".join(inputs)})')
@@ -60,23 +61,49 @@ def check_signature(spec: ModelSpec, graph: str, inputs: Mapping[str, Port], out
     extra = [name for name in inputs if name not in spec.graph.inputs]
     if extra:
         problems.append(f"it wants inputs that the manifest does not name: {', '.join(extra)}")
-    output = outputs.get(spec.graph.output)
-    if output is None:
-        problems.append(f'it has no output "{spec.graph.output}" (its outputs: {", ".join(outputs)})')
-    else:
-        ranks = _RANKS[spec.graph.layout] if spec.graph.pooling == "graph" else (3,)
-        if output.dtype != "float32":
-            problems.append(f'output "{spec.graph.output}" is {output.dtype}, not float32')
-        shape = f'output "{spec.graph.output}" has shape {list(output.shape)}'
-        # An exporter may leave shapes or single sizes out; what is there must be right.
-        if output.shape and len(output.shape) not in ranks:
-            problems.append(f'{shape}; {ranks[0]} axes were expected with pooling "{spec.graph.pooling}"')
-        elif (
-            output.shape
-            and isinstance(width := output.shape[-1 if ranks[0] == 3 else 1], int)
-            and width != spec.graph_dimensions
-        ):
-            wanted = f"{spec.graph_dimensions}, from which come " if spec.graph_dimensions != spec.dimensions else ""
-            problems.append(f"{shape}; the manifest says {wanted}dimensions = {spec.dimensions}")
+    problems += _output_problems(spec, outputs)
     if problems:
         raise ModelError(f"{graph} does not fit {MANIFEST}: {'; '.join(problems)}")
+
+
+def _output_problems(spec: ModelSpec, outputs: Mapping[str, Port]) -> Iterator[str]:
+    for kind, name in spec.outputs.items():
+        if name not in outputs:
+            yield f'it has no output "{name}" (its outputs: {", ".join(outputs)})'
+            continue
+        output = outputs[name]
+        if output.dtype != "float32":
+            yield f'output "{name}" is {output.dtype}, not float32'
+        # An exporter may leave shapes or single sizes out; what is there must be right.
+        if output.shape:
+            check = _dense_problem if kind == pb.EMBEDDING_KIND_DENSE else _other_problem
+            if problem := check(spec, kind, list(output.shape)):
+                yield f'output "{name}" has shape {list(output.shape)}; {problem}'
+
+
+def _dense_problem(spec: ModelSpec, kind: pb.EmbeddingKind.ValueType, shape: list[object]) -> str:
+    del kind
+    ranks = _RANKS[spec.graph.layout] if spec.graph.pooling == "graph" else (3,)
+    if len(shape) not in ranks:
+        return f'{ranks[0]} axes were expected with pooling "{spec.graph.pooling}"'
+    width = shape[-1 if ranks[0] == 3 else 1]
+    if isinstance(width, int) and width != spec.graph_dimensions:
+        wanted = f"{spec.graph_dimensions}, from which come " if spec.graph_dimensions != spec.dimensions else ""
+        return f"the manifest says {wanted}dimensions = {spec.dimensions}"
+    return ""
+
+
+def _other_problem(spec: ModelSpec, kind: pb.EmbeddingKind.ValueType, shape: list[object]) -> str:
+    table, name = (spec.sparse, "sparse") if kind == pb.EMBEDDING_KIND_SPARSE else (spec.multi_vector, "multi_vector")
+    assert table  # noqa: S101  (the manifest has one for each kind)
+    pooling = table.pooling if isinstance(table, SparseTable) else ""
+    width = 1 if pooling == "tokens" else table.dimensions
+    ranks = {"graph": (2,), "tokens": (2, 3)}.get(pooling, (3,))
+    if len(shape) not in ranks:
+        return f"{' or '.join(map(str, ranks))} axes were expected" + f' with pooling "{pooling}"' * bool(pooling)
+    last = shape[-1]
+    if not isinstance(last, int) or last == width or (pooling == "tokens" and len(shape) == 2):
+        return ""
+    return (
+        "one weight a token was expected" if pooling == "tokens" else f"the manifest says {name}.dimensions = {width}"
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -67,8 +67,8 @@ class TritonBackend:
             self.close()
             raise
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run the graph; feeds and output as `embedmesh_encoder.model` describes the layouts.
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
+        """Run the graph; feeds and outputs as `embedmesh_encoder.model` describes the layouts.
 
         Raises:
             InferenceServerException: The server failed, went away, or did not answer in time.
@@ -76,7 +76,7 @@ class TritonBackend:
         with self._lock:
             connection = self._idle.pop() if self._idle else _Connection(self._spec, self._options)
         try:
-            return {self._spec.graph.output: connection.infer(feeds)}
+            return connection.infer(feeds, outputs or list(dict.fromkeys(self._spec.outputs.values())))
         finally:
             with self._lock:
                 self._idle.append(connection)
@@ -94,7 +94,6 @@ class _Connection:
     def __init__(self, spec: ModelSpec, options: TritonOptions) -> None:
         assert spec.triton  # noqa: S101  (checked by the backend)
         self._model, self._version = spec.triton.model, spec.triton.version
-        self._output = spec.graph.output
         self._timeout = options.timeout_seconds
         secure = options.url.startswith("grpcs://")
         address = options.url.removeprefix("grpcs://").removeprefix("grpc://")
@@ -111,7 +110,7 @@ class _Connection:
             self._region.write({"": np.zeros(1, np.uint8)})
         return config
 
-    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    def infer(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
         inputs = []
         places = self._region.write(feeds) if self._region else {}
         for name, array in feeds.items():
@@ -126,7 +125,7 @@ class _Connection:
                 self._model,
                 inputs,
                 model_version=self._version,
-                outputs=[triton.InferRequestedOutput(self._output)],
+                outputs=[triton.InferRequestedOutput(name) for name in outputs],
                 client_timeout=self._timeout,
             )
         except InferenceServerException:
@@ -134,10 +133,12 @@ class _Connection:
             if self._region:
                 self._region.forget()
             raise
-        output: NDArray[Any] | None = result.as_numpy(self._output)
-        if output is None:
-            raise InferenceServerException(f'the answer has no output "{self._output}"')
-        return output
+        arrays = {}
+        for name in outputs:
+            arrays[name] = result.as_numpy(name)
+            if arrays[name] is None:
+                raise InferenceServerException(f'the answer has no output "{name}"')
+        return arrays
 
     def close(self) -> None:
         if self._region:

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from embedmesh.errors import EmbedMeshError, InputTooLarge, InvalidRequest
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh.v1 import text_pb2
+from embedmesh.vectors import l2_norms, normalized
 from embedmesh_encoder.head import Head
 from embedmesh_encoder.model import ModelError, ModelSpec
-from embedmesh_encoder.pooling import pool
-from embedmesh_encoder.preparation import Prepared
+from embedmesh_encoder.pooling import Sparse, lexical, nonzero, pool, splade
+from embedmesh_encoder.preparation import Others, Prepared
 from embedmesh_encoder.text.tokens import WindowedTokenizer
 
 __all__ = ["MAX_TEXT_BYTES", "TextItem", "TextPreparer", "fill_rows"]
@@ -68,7 +69,8 @@ class TextPreparer:
                 shapes; padded ones to no more than the model reads.
 
         Raises:
-            ModelError: The model is not for text, or its tokenizer or the weights of its head cannot be used.
+            ModelError: The model is not for text, or its tokenizer or the weights of its head cannot be used, or it
+                knows more tokens than a sparse vector has room for.
         """
         if spec.text is None:
             raise ModelError(f'model "{spec.name}" is for {spec.modality}, not for text')
@@ -87,6 +89,11 @@ class TextPreparer:
         self._head = Head(spec)
         self._row_width = row_width
         self._row_multiple = row_multiple
+        self._sparse = spec.sparse
+        self._multi = spec.multi_vector
+        if spec.sparse and (vocabulary := self._tokenizer.vocabulary) > spec.sparse.dimensions:
+            size = spec.sparse.dimensions
+            raise ModelError(f'model "{spec.name}" has {vocabulary} tokens, too many for sparse.dimensions = {size}')
 
     def is_quick(self, items: Sequence[TextItem | EmbedMeshError]) -> bool:
         """Whether the texts are few and short."""
@@ -126,7 +133,12 @@ class TextPreparer:
                 metadata={"limit": str(self._max_units), "actual": str(tokens.total), "unit": "tokens"},
             )
         ids = np.array(tokens.ids, np.int64)
-        return Prepared(ids, units=len(ids), original_units=tokens.total, truncated=tokens.total > len(ids))
+        rows = None
+        if self._multi:
+            rows = np.arange(len(ids)) >= self._multi.skip_first
+            if item.role != text_pb2.TEXT_ROLE_QUERY or self._multi.skip_in_queries:
+                rows &= ~np.isin(ids, self._multi.skip_tokens)
+        return Prepared(ids, units=len(ids), original_units=tokens.total, truncated=tokens.total > len(ids), rows=rows)
 
     def collate(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
         """Lay texts out as int64 feeds; `embedmesh_encoder.model` describes the two layouts."""
@@ -140,9 +152,48 @@ class TextPreparer:
             output = pool(self._graph.pooling, output, lengths)
         return self._head(output)
 
+    def split_others(self, outputs: Mapping[str, NDArray[Any]], batch: Sequence[Prepared]) -> list[Others]:
+        """Give what each text wants besides its dense vector."""
+        others = []
+        for i, (place, prepared) in enumerate(zip(self._places(batch), batch, strict=True)):
+            sparse = rows = None
+            if pb.EMBEDDING_KIND_SPARSE in prepared.kinds and self._sparse:
+                output = outputs[self._sparse.output]
+                # A text's sparse vector, or what its tokens gave.
+                sparse = self._pool_sparse(output[i if self._sparse.pooling == "graph" else place], prepared)
+            if pb.EMBEDDING_KIND_MULTI_VECTOR in prepared.kinds and self._multi:
+                rows = outputs[self._multi.output][place][prepared.rows].astype(np.float32, copy=False)
+                if self._multi.normalized:
+                    rows = normalized(rows, l2_norms(rows))
+            others.append(Others(sparse, rows))
+        return others
+
+    def _pool_sparse(self, found: NDArray[np.float32], prepared: Prepared) -> Sparse:
+        assert self._sparse  # noqa: S101  (the caller asked)
+        if self._sparse.pooling == "tokens":
+            counted = ~np.isin(prepared.data, self._sparse.skip_tokens)
+            return lexical(found.reshape(-1)[counted], prepared.data[counted])
+        weights = splade(found) if self._sparse.pooling == "max" else found.copy()
+        weights[list(self._sparse.skip_tokens)] = 0
+        return nonzero(np.arange(len(weights)), weights)
+
+    def _places(self, batch: Sequence[Prepared]) -> list[tuple[int, slice]]:
+        """Say where the tokens of each text of a batch lie: in which row, and where in it."""
+        units = [prepared.units for prepared in batch]
+        if self.padded:
+            return [(i, slice(count)) for i, count in enumerate(units)]
+        places: dict[int, tuple[int, slice]] = {}
+        for r, row in enumerate(self._rows(units)):
+            ends = np.cumsum([units[i] for i in row]).tolist()
+            places |= {i: (r, slice(end - units[i], end)) for i, end in zip(row, ends, strict=True)}
+        return [places[i] for i in range(len(batch))]
+
+    def _rows(self, units: Sequence[int]) -> list[list[int]]:
+        return fill_rows(units, self._row_width) if self._row_width else [list(range(len(units)))]
+
     def _collate_packed(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
         units = [prepared.units for prepared in batch]
-        rows = fill_rows(units, self._row_width) if self._row_width else [list(range(len(batch)))]
+        rows = self._rows(units)
         longest = max(sum(units[i] for i in row) for row in rows)
         width = -(-longest // self._row_multiple) * self._row_multiple
         ids = np.zeros((len(rows), width), np.int64)

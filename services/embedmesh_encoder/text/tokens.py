@@ -79,6 +79,11 @@ class WindowedTokenizer:
         if self._room < 1:
             raise ModelError(f"{path}: max_input_units {max_units} leaves no room beside the special tokens")
 
+    @property
+    def vocabulary(self) -> int:
+        """One more than the largest id."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
     def encode(self, text: str, *, keep_end: bool = False) -> Tokens:
         """Give the first tokens of a text (the last ones with `keep_end`), within special tokens."""
         content, exact = self._content(text, keep_end=keep_end)
