@@ -350,7 +350,7 @@ class Router:
 
         def land_computed(part: Mapping[bytes, _Outcome]) -> None:
             if partial:
-                _complete(part, partial)
+                _complete(plan.info.model, part, partial)
             self._keep(plan, items, part)
             land(part)
 
@@ -643,11 +643,12 @@ def _has(embedding: pb.Embedding, kinds: Iterable[pb.EmbeddingKind.ValueType]) -
     return True
 
 
-def _complete(outcomes: Mapping[bytes, _Outcome], partial: Mapping[bytes, pb.EmbedResult]) -> None:
-    """Add the kinds that the cache held to those computed now, so that callers of different kinds keep each other's."""
+def _complete(model: pb.ModelRef, outcomes: Mapping[bytes, _Outcome], partial: Mapping[bytes, pb.EmbedResult]) -> None:
+    """Add the kinds that the cache held of `model` to those it made now, so that callers keep each other's."""
     for key, known in partial.items():
         outcome = outcomes.get(key)
-        if isinstance(outcome, Answer) and outcome.result.HasField("embedding"):
+        # During an upgrade another revision may have answered.
+        if isinstance(outcome, Answer) and outcome.result.HasField("embedding") and outcome.model == model:
             for kind in _FIELDS.values():
                 if known.embedding.HasField(kind) and not outcome.result.embedding.HasField(kind):
                     getattr(outcome.result.embedding, kind).CopyFrom(getattr(known.embedding, kind))

@@ -1011,6 +1011,18 @@ async def test_kinds_are_fetched_once_known_to_be_missing_and_never_lost(
     assert len(kinds_mesh.text.calls) == calls
 
 
+async def test_kinds_of_two_revisions_never_meet_in_one_entry(kinds_mesh: Any, settle: Any) -> None:
+    await asked(kinds_mesh, SPARSE)
+    kinds_mesh.text.info.model.revision = "r2"  # now it answers with another revision than catalogued
+    full = kinds_mesh.expected("a", revision="r2")
+    rows_of_new = (await asked(kinds_mesh, MULTI)).embedding.multi_vector
+    assert np.array_equal(vectors.decode(rows_of_new), full.reshape(-1, 8))
+    labels = {"model": "fake-text", "revision": "r2", "space": "shared", "modality": "text", "family": "fake"}
+    await settle(lambda: kinds_mesh.metric("embedmesh_gateway_model_info", **labels) == 1)
+    assert (await asked(kinds_mesh, MULTI)).cached
+    assert read_sparse((await asked(kinds_mesh, SPARSE)).embedding) == sparse_of(full)
+
+
 async def test_a_kind_that_only_redis_holds_is_not_lost(open_mesh: Any, make_encoder: Any, valkey: Any) -> None:
     """Another gateway, whose memory knows nothing, asks for the other kind."""
     encoder = make_encoder("text", kinds=[DENSE, SPARSE, MULTI])

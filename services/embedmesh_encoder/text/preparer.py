@@ -91,8 +91,8 @@ class TextPreparer:
         self._row_multiple = row_multiple
         self._sparse = spec.sparse
         self._multi = spec.multi_vector
-        if spec.sparse and (vocabulary := self._tokenizer.vocabulary) > spec.sparse.dimensions:
-            size = spec.sparse.dimensions
+        size = spec.sparse.dimensions if spec.sparse and spec.sparse.pooling == "tokens" else 0
+        if size and (vocabulary := self._tokenizer.vocabulary) > size:
             raise ModelError(f'model "{spec.name}" has {vocabulary} tokens, too many for sparse.dimensions = {size}')
 
     def is_quick(self, items: Sequence[TextItem | EmbedMeshError]) -> bool:
