@@ -25,7 +25,7 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from embedmesh_cli.console import FAILED, UNREACHABLE, USAGE, UserError
 
-__all__ = ["Folder", "Hub", "Repository", "read_json"]
+__all__ = ["Folder", "Hub", "Repository", "WithGraphs", "open_repository", "read_json"]
 
 # Small files that tell what a model is; fetched first. Any one of them is enough to have the list of files.
 _DESCRIPTIONS: Final = ("README.md", "config.json", "modules.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -60,6 +60,20 @@ class Repository(Protocol):
         """
 
 
+def open_repository(source: str, *, endpoint: str | None, cache: Path | None, offline: bool) -> Folder | Hub:
+    """Find what a user names: a folder, or the id of a model on the Hub with an optional @revision.
+
+    Raises:
+        UserError: It is neither.
+    """
+    path, (hub_id, _, revision) = Path(source).expanduser(), source.partition("@")
+    if path.is_dir():
+        return Folder(path)
+    if source.startswith((".", "/", "~")):
+        raise UserError(f"there is no folder {source}.", USAGE)
+    return Hub(hub_id, revision or None, endpoint=endpoint, cache=cache, offline=offline)
+
+
 def read_json(repository: Repository, name: str, *, needed: bool = False) -> dict[str, Any]:
     """Read a JSON object; an empty one if there is no such file and it is not needed."""
     if name not in repository.files and not needed:
@@ -92,6 +106,30 @@ class Folder:
             if not (self._path / name).resolve().is_relative_to(self._path.resolve()):
                 raise UserError(f"{name} of {self._path} leads out of the folder: put the file itself there.")
         return self._path
+
+
+class WithGraphs:
+    """A repository with graphs that were made here, in place of any that it has."""
+
+    def __init__(self, original: Repository, folder: Path) -> None:
+        """Show all files of the original but its graphs, and those below `folder`, where fetched ones are linked."""
+        self.name, self.source = original.name, original.source
+        self._original = original
+        self._folder = folder
+        self._made = frozenset(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+        self.files = self._made | {file for file in original.files if not file.endswith((".onnx", ".onnx_data"))}
+
+    def fetch(self, names: Collection[str]) -> Path:
+        """Fetch those that were not made here."""
+        _refuse_missing(self.name, names, self.files)
+        others = set(names) - self._made
+        lie = self._original.fetch(others)
+        for name in others:
+            place = self._folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if not place.exists():
+                place.symlink_to((lie / name).resolve())
+        return self._folder
 
 
 class Hub:
