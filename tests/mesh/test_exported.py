@@ -112,6 +112,7 @@ FAMILIES = {
     ),
     "nomic-bert": Family("NomicBERT, mean", ("NomicBertConfig", BERT), pooled("mean")),
     "t5": Family("T5 encoder, mean", ("T5Config", T5), pooled("mean")),
+    "mt5": Family("MT5 encoder, mean", ("MT5Config", T5), pooled("mean")),
     "umt5": Family("UMT5 encoder, mean", ("UMT5Config", T5), pooled("mean")),
     "qwen2": Family("Qwen2, causal, last", ("Qwen2Config", DECODER), pooled("lasttoken")),
     "qwen2-bidirectional": Family(
@@ -170,7 +171,7 @@ def save(family: Family, tokenizer: Path, folder: Path) -> None:
 
     kind, settings = family.config
     config = getattr(transformers, kind)(**settings)
-    encoder = {"T5Config": "T5EncoderModel", "UMT5Config": "UMT5EncoderModel"}.get(kind)
+    encoder = kind.replace("Config", "EncoderModel") if "T5" in kind else None
     model = getattr(transformers, encoder)(config) if encoder else transformers.AutoModel.from_config(config)
     randomise(model)
     raw = folder.with_name(f"{folder.name}-raw")
@@ -188,6 +189,12 @@ def save(family: Family, tokenizer: Path, folder: Path) -> None:
     if family.shard != "5GB":
         (folder / "model.safetensors").unlink()
         model.save_pretrained(folder, max_shard_size=family.shard)
+
+
+@pytest.fixture
+def bert(tokenizer: Path, tmp_path: Path) -> Path:
+    save(FAMILIES["bert"], tokenizer, tmp_path / "small")
+    return tmp_path / "small"
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
@@ -314,6 +321,27 @@ async def test_text_families(
                 problems.append((found, lengths))
     assert not problems
     keep("text", rows)
+
+
+def test_from_a_hub_and_verified(
+    bert: Path, hub: Any, hub_repository: Any, tmp_path: Path, home: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (bert / "pytorch_model.bin").write_bytes(b"\x80")
+    (bert / "model.py").write_text("raise SystemExit")
+    files = {path.relative_to(bert).as_posix(): path.read_bytes() for path in bert.rglob("*") if path.is_file()}
+    hub.repositories["org/small"] = hub_repository(files)
+    words = ("org/small@main", "--endpoint", hub.endpoint, "--cache-dir", tmp_path / "hub")
+    assert run(monkeypatch, "models", "pull", *words) == 1
+    assert "models export org/small@main` makes one of its weights" in capfd.readouterr().err
+    assert run(monkeypatch, "models", "export", *words) == 0, capfd.readouterr()
+    fetched = set(hub.downloads())
+    assert {name for name in files if name.startswith("model-")} < fetched
+    assert not {"pytorch_model.bin", "model.py"} & fetched
+    assert run(monkeypatch, "models", "verify", "org/small", "--reference", bert) == 0, capfd.readouterr()
+    # A second time it is the same model, and nothing is in the way.
+    assert run(monkeypatch, "models", "export", *words, "--offline") == 0, capfd.readouterr()
+    assert [path.name for path in home.iterdir()] == ["org--small"]
 
 
 # --- towers ---------------------------------------------------------------------------------------
@@ -534,12 +562,6 @@ async def test_towers(
 
 
 # --- what is refused, and what else may be wished -------------------------------------------------
-
-
-@pytest.fixture
-def bert(tokenizer: Path, tmp_path: Path) -> Path:
-    save(FAMILIES["bert"], tokenizer, tmp_path / "small")
-    return tmp_path / "small"
 
 
 def change(file: Path, **keys: Any) -> None:

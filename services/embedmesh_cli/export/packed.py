@@ -11,6 +11,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -61,6 +63,7 @@ class _PackedEncoder(torch.nn.Module):
         self.head = head
         self._kind = kind
         self._pooling = tuple(pooling)
+        self._biases = tuple(_biases(model, kind))
         self._takes = inspect.signature(model.forward).parameters
 
     def forward(self, input_ids: Any, position_ids: Any, segment_ids: Any) -> Any:
@@ -74,7 +77,7 @@ class _PackedEncoder(torch.nn.Module):
             "use_cache": False,
         }
         arguments = {name: value for name, value in arguments.items() if name in self._takes}
-        with _masks(position_ids, segment_ids), _relative(self.model, self._kind, position_ids):
+        with _masks(position_ids, segment_ids), _relative(self._biases, position_ids):
             hidden = self.model(input_ids=input_ids, **arguments).last_hidden_state
         return self.head(_pool(self._pooling, hidden, position_ids, segment_ids))
 
@@ -107,53 +110,61 @@ def _late(ids: Any, positions: Any, model: Any) -> Any:
     return (count - before) * real + padding
 
 
-@contextmanager
-def _relative(model: Any, kind: str, positions: Any) -> Iterator[None]:
-    """Have the biases of relative positions looked up by positions."""
+@dataclass(frozen=True, slots=True)
+class _Bias:
+    """A part of a model that adds a bias for each relative position.
+
+    Attributes:
+        part: Of torch, with the table `relative_attention_bias`.
+        method: Its method that gives biases [1, heads, width, width].
+        buckets: Rows of the table for all distances that have their own. Computed here, not in the graph: logarithms
+            in it fall on whole numbers, which another library may round the other way.
+    """
+
+    part: Any
+    method: str
+    buckets: Any
+
+    def of(self, positions: Any) -> Any:
+        """Give biases [rows, heads, width, width] of positions [rows, width]."""
+        most = len(self.buckets) // 2
+        distances = positions[:, None, :] - positions[:, :, None]  # memory minus context
+        table = self.part.relative_attention_bias(self.buckets)
+        return table[distances.clamp(-most, most) + most].permute(0, 3, 1, 2)
+
+
+def _biases(model: Any, kind: str) -> Iterator[_Bias]:
+    """Find the parts that know relative positions."""
     if kind == "mpnet":
-        owner, name = [model.encoder], "compute_position_bias"
-        biases = {model.encoder: _bias(model.encoder, model.encoder.relative_position_bucket, _MPNET_DISTANCE)}
-    elif kind in _T5:
-        name = "compute_bias"
-        owner = [part for part in model.encoder.modules() if getattr(part, "has_relative_attention_bias", False)]
-        biases = {part: _bias(part, _t5_bucket(part), part.relative_attention_max_distance) for part in owner}
-    else:
-        owner, name, biases = [], "", {}
-    for part in owner:
-        setattr(part, name, lambda *_, bias=biases[part], **__: bias(positions))
+        bucket, most = model.encoder.relative_position_bucket, _MPNET_DISTANCE
+        yield _Bias(model.encoder, "compute_position_bias", bucket(torch.arange(-most, most + 1)))
+    for part in model.encoder.modules() if kind in _T5 else ():
+        if getattr(part, "has_relative_attention_bias", False):
+            bucket, most = part._relative_position_bucket, part.relative_attention_max_distance  # noqa: SLF001
+            given = {
+                "bidirectional": True,
+                "num_buckets": part.relative_attention_num_buckets,
+                "max_distance": most,
+            }
+            takes = inspect.signature(bucket).parameters  # UMT5's knows them by itself
+            options = {name: value for name, value in given.items() if name in takes}
+            yield _Bias(part, "compute_bias", bucket(torch.arange(-most, most + 1), **options))
+
+
+@contextmanager
+def _relative(biases: Sequence[_Bias], positions: Any) -> Iterator[None]:
+    """Have the biases of relative positions looked up by positions."""
+
+    def give(bias: Any, *_: Any, **__: Any) -> Any:
+        return bias
+
+    for bias in biases:
+        setattr(bias.part, bias.method, partial(give, bias.of(positions)))
     try:
         yield
     finally:
-        for part in owner:
-            delattr(part, name)
-
-
-def _t5_bucket(attention: Any) -> Callable[[Any], Any]:
-    names = ("bidirectional", "num_buckets", "max_distance")
-    given = {
-        "bidirectional": True,
-        "num_buckets": attention.relative_attention_num_buckets,
-        "max_distance": attention.relative_attention_max_distance,
-    }
-    takes = inspect.signature(attention._relative_position_bucket).parameters  # noqa: SLF001  (it has no other name)
-    options = {name: given[name] for name in names if name in takes}
-    return lambda distances: attention._relative_position_bucket(distances, **options)  # noqa: SLF001
-
-
-def _bias(owner: Any, bucket: Callable[[Any], Any], most: int) -> Callable[[Any], Any]:
-    """Give what turns positions [rows, width] into biases [rows, heads, width, width].
-
-    Buckets of all distances are computed here, once: their logarithms fall on whole numbers, which another library
-    may round the other way.
-    """
-    with torch.no_grad():
-        table = owner.relative_attention_bias(bucket(torch.arange(-most, most + 1)))
-
-    def look_up(positions: Any) -> Any:
-        distances = positions[:, None, :] - positions[:, :, None]  # memory minus context
-        return table[distances.clamp(-most, most) + most].permute(0, 3, 1, 2)
-
-    return look_up
+        for bias in biases:
+            delattr(bias.part, bias.method)
 
 
 def _pool(ways: Sequence[Pooling], hidden: Any, positions: Any, segments: Any) -> Any:

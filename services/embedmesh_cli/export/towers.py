@@ -66,7 +66,6 @@ _TOWERS: Final[Mapping[str, Mapping[str, _Tower]]] = {
         "audio": _Tower({"input_features": ("n",), "is_longer": ("n",)}, _POOLED, "get_audio_features", "audio_embeds"),
     },
     "vit": {"image": _Tower(_PIXELS, _STATES)},
-    "deit": {"image": _Tower(_PIXELS, _STATES)},
     "dinov2": {"image": _Tower(_PIXELS, _STATES)},
     "convnext": {"image": _Tower(_ANY_PIXELS, _POOLED, name="image_embeds")},
     "audio-spectrogram-transformer": {"audio": _Tower({"input_values": ("n",)}, _POOLED, name="audio_embeds")},

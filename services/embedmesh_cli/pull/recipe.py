@@ -194,7 +194,7 @@ def _only_graph(repository: Repository, folders: Sequence[str]) -> str:
             "--file (quantised ones are never chosen for you)."
         )
     raise UserError(
-        f"{repository.name} has no ONNX graph: `{command_name()} models export {repository.name}` makes one of its "
+        f"{repository.name} has no ONNX graph: `{command_name()} models export {repository.given}` makes one of its "
         "weights (pip install 'embedmesh[export]')."
     )
 

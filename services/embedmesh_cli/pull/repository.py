@@ -44,11 +44,13 @@ class Repository(Protocol):
 
     Attributes:
         name: Of the model.
+        given: As a command takes it.
         source: Where it lies, the commit included, for manifests.
         files: Names of all its files, with slashes.
     """
 
     name: str
+    given: str
     source: str
     files: frozenset[str]
 
@@ -92,6 +94,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.name = path.resolve().name
+        self.given = str(path)
         self.source = str(path.resolve())
         self._path = path
         self.files = frozenset(
@@ -113,7 +116,7 @@ class WithGraphs:
 
     def __init__(self, original: Repository, folder: Path) -> None:
         """Show all files of the original but its graphs, and those below `folder`, where fetched ones are linked."""
-        self.name, self.source = original.name, original.source
+        self.name, self.given, self.source = original.name, original.given, original.source
         self._original = original
         self._folder = folder
         self._made = frozenset(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
@@ -149,7 +152,7 @@ class Hub:
                 nothing is cached.
         """
         self.name = name
-        self._asked = revision
+        self.given = f"{name}@{revision}" if revision else name
         self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self._cache = cache or Path(constants.HF_HUB_CACHE)
         self._offline = offline or constants.is_offline_mode()
@@ -197,7 +200,6 @@ class Hub:
         )
 
     def _download(self, patterns: Collection[str], *, bars: bool) -> Path:
-        where = f"{self.name}@{self._asked}" if self._asked else self.name
         try:
             return Path(
                 snapshot_download(
@@ -213,7 +215,7 @@ class Hub:
             )
         except HFValidationError:
             raise UserError(
-                f"{where} is neither a folder here nor the id of a model on the Hub, such as "
+                f"{self.given} is neither a folder here nor the id of a model on the Hub, such as "
                 "sentence-transformers/all-MiniLM-L6-v2.",
                 USAGE,
             ) from None
@@ -228,17 +230,19 @@ class Hub:
                 "`hf auth login` (or set HF_TOKEN)."
             ) from None
         except RevisionNotFoundError:
-            raise UserError(f"{self.name} has no revision {self._asked} (a branch, tag or commit).") from None
+            raise UserError(
+                f"{self.name} has no revision {self.given.partition('@')[2]} (a branch, tag or commit)."
+            ) from None
         except LocalEntryNotFoundError as error:
             if self._offline:
                 raise UserError(
-                    f"{where} is not wholly in the cache {self._cache}, and offline mode is on (--offline or "
+                    f"{self.given} is not wholly in the cache {self._cache}, and offline mode is on (--offline or "
                     "HF_HUB_OFFLINE): pull it once with a connection.",
                     UNREACHABLE,
                 ) from None
             raise self._unreachable(error.__cause__ or error) from None
         except HfHubHTTPError as error:
-            raise UserError(f"{self._endpoint} answered for {where}: {_line(error)}.") from None
+            raise UserError(f"{self._endpoint} answered for {self.given}: {_line(error)}.") from None
         except Exception as error:  # noqa: BLE001  (what its HTTP client raises is not part of its interface)
             raise self._unreachable(error) from None
 
