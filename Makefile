@@ -6,7 +6,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo up test check check-style check-types check-imports check-contract check-package proto \
-        starter starter-figures test-torch test-node test-triton check-deploy bench bench-peers bench-gpu lock clean
+        starter starter-figures export-table test-torch test-node test-triton check-deploy bench bench-peers bench-gpu lock clean
 
 PY := .venv/bin/python
 ARGS ?=
@@ -62,6 +62,9 @@ proto: .venv/dev.stamp ## Generate the stubs from protos/embedmesh/v1/*.proto
 
 test-torch: .venv-torch/dev.stamp ## Compare with the reference library (installs torch into .venv-torch)
 	.venv-torch/bin/python -m pytest -m torch $(ARGS)
+
+export-table: .venv-torch/dev.stamp ## Export small models of every family, compare, write the tables of services/README.md
+	WRITE_EXPORT_TABLE=1 .venv-torch/bin/python -m pytest -m torch tests/mesh/test_exported.py $(ARGS)
 
 starter: .venv-torch/starter.stamp ## Make the starter image and audio models anew: material, training, figures (two hours)
 	PYTHONPATH=services OMP_NUM_THREADS=1 .venv-torch/bin/python -m starter $(ARGS)

@@ -18,6 +18,7 @@ from embedmesh.client import Client
 from embedmesh.errors import EmbedMeshError
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh_cli.console import USAGE, UserError, explain
+from embedmesh_cli.export import export
 from embedmesh_cli.home import find_model, model_folders, models_home
 from embedmesh_cli.pull import pull
 from embedmesh_cli.quantize import quantize
@@ -28,6 +29,7 @@ __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.command("pull")(pull)
+app.command("export")(export)
 app.command("verify")(verify)
 app.command("quantize")(quantize)
 

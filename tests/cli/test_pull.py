@@ -1,5 +1,6 @@
 """`embedmesh models pull` from folders and from a hub on loopback, by the real huggingface_hub."""
 
+import importlib.util
 import json
 import os
 import pty
@@ -393,7 +394,7 @@ REFUSED: list[tuple[str, Callable[[], Files], str]] = [
     (
         "no graph",
         lambda: {k: v for k, v in sentence_transformer().items() if not k.endswith(".onnx")},
-        "has no ONNX graph, and exporting one is not built in",
+        "has no ONNX graph: `",
     ),
     (
         "quantised only",
@@ -568,6 +569,13 @@ def test_what_cannot_be_served_exactly_is_refused(
     assert len(done.err.strip().splitlines()) == 1
     assert "Traceback" not in done.err
     assert not home.exists() or list(home.iterdir()) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="the extra is installed here")
+def test_export_says_what_it_needs(cli: Any, folder: Any) -> None:
+    done = cli("models", "export", folder(sentence_transformer()))
+    assert done.status == 2
+    assert done.err == "embedmesh: export needs torch and transformers: pip install 'embedmesh[export]'.\n"
 
 
 def test_a_quantised_graph_can_be_asked_for(cli: Any, folder: Any, home: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
@@ -31,7 +31,15 @@ _LARGE: Final = 1 << 20
 
 
 def make_models(
-    repository: Repository, wishes: Wishes, *, name: str, output: Path | None, replace: bool, console: Console
+    repository: Repository,
+    wishes: Wishes,
+    *,
+    name: str,
+    output: Path | None,
+    replace: bool,
+    console: Console,
+    weights: Sequence[str] = (),
+    check: Callable[[ModelSpec], None] | None = None,
 ) -> list[ModelSpec]:
     """Make a model folder of each tower that a repository holds, and see that it embeds.
 
@@ -42,6 +50,8 @@ def make_models(
         output: Folder to make, with the modality added where there are several; in the folder of models unless given.
         replace: Whether to take the place of a model that is there.
         console: Told what is done.
+        weights: Files that tell the space, where it is not those that the models read.
+        check: Sees to each model before its folder appears; what it raises ends it all.
 
     Raises:
         UserError: There is nothing that can be served exactly, it cannot be had, or its place is taken.
@@ -57,7 +67,7 @@ def make_models(
     files = sorted({file for tower in towers for file in tower.files})
     identity = {
         "family": name,
-        "space": f"{name}-{_fingerprint(repository.fetch(files), files)}",
+        "space": f"{name}-{_fingerprint(repository.fetch(weights or files), weights or files)}",
         "license": _license(repository),
         "source": repository.source,
         "backend": "onnxruntime",
@@ -78,6 +88,8 @@ def make_models(
             _copy(repository, tower.files, made)
             spec = write_manifest(made, {"name": f"{name}{suffix}", **identity, **tower.manifest}, tower.files)
             _prove(spec)
+            if check:
+                check(spec)
             places.append((spec, place))
         # Only now, so that of several towers all come or none.
         for spec, place in places:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from tokenizers import Tokenizer
 
-from embedmesh_cli.console import FAILED, USAGE, UserError
+from embedmesh_cli.console import FAILED, USAGE, UserError, command_name
 from embedmesh_cli.pull.graph import Graph, read_graph
 from embedmesh_cli.pull.repository import Repository, read_json
 from embedmesh_encoder.audio.features import AudioSpec
@@ -23,7 +24,7 @@ from embedmesh_encoder.image.processor import ImageProcessor, ImageSpec
 from embedmesh_encoder.model import ModelError
 from embedmesh_encoder.pooling import Pooling
 
-__all__ = ["Tower", "Wishes", "find_towers"]
+__all__ = ["Pipeline", "Tower", "Wishes", "find_towers", "model_type", "read_pipeline"]
 
 # Of sentence-transformers' Pooling, in the order in which older configurations join them.
 _POOLING: Final[Mapping[str, Pooling]] = {
@@ -59,6 +60,7 @@ _LATE_POSITIONS: Final = frozenset(
 )
 _TOWER_FILES: Final = ("text_model.onnx", "vision_model.onnx", "audio_model.onnx")
 _FOLDERS: Final = ("onnx/", "")
+_PACKED: Final = frozenset({"input_ids", "position_ids", "segment_ids"})
 _PIXELS: Final = "pixel_values"
 _SOUNDS: Final = ("input_features", "input_values")
 _INPUTS: Final = frozenset(
@@ -112,13 +114,30 @@ class Tower:
     notes: Sequence[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """How the vectors of a text's tokens become one.
+
+    Attributes:
+        prefix: Folder of the transformer's files in the repository, with its slash; "" for the repository's own.
+        pooling: One way or several, joined.
+        layers: What follows, as in the manifest's head.
+        normalized: Whether vectors are normalised in the end.
+    """
+
+    prefix: str
+    pooling: tuple[Pooling, ...]
+    layers: Sequence[Mapping[str, Any]]
+    normalized: bool
+
+
 def find_towers(repository: Repository, wishes: Wishes) -> list[Tower]:
     """Find out what a repository holds.
 
     Raises:
         UserError: Nothing that the encoder can serve exactly; the message says why, and what to do.
     """
-    try:
+    with _understood(repository):
         if "modules.json" in repository.files:
             return [_sentence_transformer(repository, wishes)]
         if wishes.file:
@@ -130,6 +149,30 @@ def find_towers(repository: Repository, wishes: Wishes) -> list[Tower]:
         if any(found):
             return [_tower(repository, file, wishes) for file in found if file]
         return [_tower(repository, _only_graph(repository, _FOLDERS), wishes)]
+
+
+def read_pipeline(repository: Repository, wishes: Wishes) -> Pipeline:
+    """Find out how a repository of one text model pools, and what follows.
+
+    Raises:
+        UserError: It does what the encoder cannot; the message says what.
+    """
+    with _understood(repository):
+        if "modules.json" in repository.files:
+            pipeline = _pipeline(repository, wishes)
+        elif wishes.pooling:
+            pipeline = Pipeline("", wishes.pooling, (), bool(wishes.normalize))
+        else:
+            raise UserError(_no_pooling(repository), USAGE)
+        _text(repository, pipeline.prefix, wishes)  # raises before anything large is fetched
+        return pipeline
+
+
+@contextmanager
+def _understood(repository: Repository) -> Iterator[None]:
+    """Say of a configuration that is not as its library writes it what is wrong."""
+    try:
+        yield
     except ModelError as error:
         raise UserError(f"{repository.name}: {error}.") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -151,9 +194,8 @@ def _only_graph(repository: Repository, folders: Sequence[str]) -> str:
             "--file (quantised ones are never chosen for you)."
         )
     raise UserError(
-        f"{repository.name} has no ONNX graph, and exporting one is not built in: make one with `optimum-cli export "
-        f"onnx --model {repository.name} FOLDER` (pip install optimum-onnx, in an environment of its own), then "
-        "`embedmesh models pull FOLDER`."
+        f"{repository.name} has no ONNX graph: `{command_name()} models export {repository.given}` makes one of its "
+        "weights (pip install 'embedmesh[export]')."
     )
 
 
@@ -161,6 +203,37 @@ def _only_graph(repository: Repository, folders: Sequence[str]) -> str:
 
 
 def _sentence_transformer(repository: Repository, wishes: Wishes) -> Tower:
+    pipeline = _pipeline(repository, wishes)
+    prefix, layers = pipeline.prefix, pipeline.layers
+    graph = _checked(repository, wishes.file or _only_graph(repository, [f"{prefix}onnx/", prefix, *_FOLDERS]), wishes)
+    text, limit, notes = _text(repository, prefix, wishes)
+    pooling = _short(pipeline.pooling)
+    output = _token_output(graph)
+    if output:
+        width = _width(repository, graph, output, prefix)
+        dimensions = layers[-1]["outputs"] if layers else width * len(pipeline.pooling)
+    elif (shape := graph.outputs.get("sentence_embedding", ())) != ():
+        # The whole pipeline was exported: pooling and what follows are inside.
+        output, pooling, layers = "sentence_embedding", "graph", ()
+        dimensions = _last(repository, graph, output, shape)
+    else:
+        raise UserError(_no_output(repository, graph))
+    manifest = {
+        "modality": "text",
+        "dimensions": dimensions,
+        **_matryoshka(repository, prefix, dimensions),
+        "normalized": pipeline.normalized,
+        "max_input_units": limit,
+        "precision": graph.precision,
+        "graph": _graph_table(graph, "text", output, pooling),
+        "text": text,
+        **({"head": {"layers": layers}} if layers else {}),
+    }
+    files = [*graph.files, text["tokenizer"], *(layer["file"] for layer in layers)]
+    return Tower(graph, "text", manifest, files, notes)
+
+
+def _pipeline(repository: Repository, wishes: Wishes) -> Pipeline:
     if wishes.pooling or wishes.normalize is not None:
         raise UserError(
             f"modules.json of {repository.name} says how it pools and whether it normalises: leave --pooling and "
@@ -174,34 +247,9 @@ def _sentence_transformer(repository: Repository, wishes: Wishes) -> Tower:
             f"{repository.name} is made of {', '.join(kinds) or 'nothing'}: the encoder serves Transformer, "
             "Pooling and what may follow them (Dense, LayerNorm, Normalize)."
         )
-    prefix = f"{path}/" if (path := modules[0][1]) else ""
-    graph = _checked(repository, wishes.file or _only_graph(repository, [f"{prefix}onnx/", prefix, *_FOLDERS]), wishes)
     layers, normalized = _head(repository, modules[2:])
-    text, limit, notes = _text(repository, prefix, wishes)
-    pooling = _pooling(repository, modules[1][1])
-    output = _token_output(graph)
-    if output:
-        width = _width(repository, graph, output, prefix)
-        dimensions = layers[-1]["outputs"] if layers else width * (1 if isinstance(pooling, str) else len(pooling))
-    elif (shape := graph.outputs.get("sentence_embedding", ())) != ():
-        # The whole pipeline was exported: pooling and what follows are inside.
-        output, pooling, layers = "sentence_embedding", "graph", []
-        dimensions = _last(repository, graph, output, shape)
-    else:
-        raise UserError(_no_output(repository, graph))
-    manifest = {
-        "modality": "text",
-        "dimensions": dimensions,
-        **_matryoshka(repository, prefix, dimensions),
-        "normalized": normalized,
-        "max_input_units": limit,
-        "precision": graph.precision,
-        "graph": _graph_table(graph, "padded", output, pooling),
-        "text": text,
-        **({"head": {"layers": layers}} if layers else {}),
-    }
-    files = [*graph.files, text["tokenizer"], *(layer["file"] for layer in layers)]
-    return Tower(graph, "text", manifest, files, notes)
+    prefix = f"{path}/" if (path := modules[0][1]) else ""
+    return Pipeline(prefix, _ways(repository, modules[1][1]), layers, normalized)
 
 
 def _modules(repository: Repository) -> list[dict[str, Any]]:
@@ -223,7 +271,7 @@ def _class_name(repository: Repository, module: Mapping[str, Any]) -> str:
     return kind.rpartition(".")[2]
 
 
-def _pooling(repository: Repository, path: str) -> str | list[Pooling]:
+def _ways(repository: Repository, path: str) -> tuple[Pooling, ...]:
     config = read_json(repository, f"{path}/config.json", needed=True)
     if config.get("include_prompt") is False:
         raise UserError(
@@ -235,8 +283,7 @@ def _pooling(repository: Repository, path: str) -> str | list[Pooling]:
     ways = [ways] if isinstance(ways, str) else ways
     if unknown := [way for way in ways if way not in _POOLING]:
         raise UserError(f"{repository.name} pools by {', '.join(map(str, unknown))}, which the encoder does not know.")
-    pooling = [_POOLING[way] for way in ways]
-    return pooling[0] if len(pooling) == 1 else pooling
+    return tuple(_POOLING[way] for way in ways)
 
 
 def _head(repository: Repository, modules: Sequence[tuple[str, str]]) -> tuple[list[dict[str, Any]], bool]:
@@ -285,7 +332,8 @@ def _layer(repository: Repository, kind: str, path: str) -> dict[str, Any]:
 def _checked(repository: Repository, file: str, wishes: Wishes) -> Graph:
     """Read a graph that the encoder can feed; one that is quantised must have been asked for."""
     graph = read_graph(repository, file)
-    if unknown := [name for name in graph.inputs if name not in _INPUTS]:
+    unknown = [name for name in graph.inputs if name not in _INPUTS]
+    if unknown and not _is_packed(graph):
         raise UserError(
             f"{file} of {repository.name} wants inputs that the encoder does not make ({', '.join(unknown[:3])}"
             f"{', ...' if len(unknown) > 3 else ''}): export it for feature extraction, without a cache."
@@ -298,10 +346,22 @@ def _checked(repository: Repository, file: str, wishes: Wishes) -> Graph:
     return graph
 
 
-def _graph_table(graph: Graph, layout: str, output: str, pooling: str | list[Pooling]) -> dict[str, Any]:
+def _is_packed(graph: Graph) -> bool:
+    return set(graph.inputs) == _PACKED
+
+
+def _graph_table(graph: Graph, modality: str, output: str, pooling: str | list[Pooling]) -> dict[str, Any]:
+    if _is_packed(graph):
+        return {"file": graph.file, "layout": "packed", "output": output}
+    layout = "padded" if modality == "text" else "stacked"
     return {
         "file": graph.file, "layout": layout, "inputs": list(graph.inputs), "output": output, "pooling": pooling,
     }  # fmt: skip
+
+
+def _short(ways: Sequence[Pooling]) -> str | list[Pooling]:
+    """Write ways of pooling as a manifest does."""
+    return ways[0] if len(ways) == 1 else list(ways)
 
 
 def _token_output(graph: Graph) -> str:
@@ -310,6 +370,13 @@ def _token_output(graph: Graph) -> str:
         if name in graph.outputs and ((shape := graph.outputs[name]) is None or len(shape) == 3):
             return name
     return ""
+
+
+def _no_pooling(repository: Repository) -> str:
+    return (
+        f"{repository.name} does not say how the vectors of tokens become one (it has no modules.json): see its model "
+        "card, and name it with --pooling mean, cls or last, and --normalize if vectors are normalised."
+    )
 
 
 def _no_output(repository: Repository, graph: Graph) -> str:
@@ -357,7 +424,7 @@ def _tower(repository: Repository, file: str, wishes: Wishes) -> Tower:
     notes: list[str] = []
     if modality == "text":
         table, limit, notes = _text(repository, "", wishes)
-        if _model_type(repository) == "siglip":
+        if model_type(repository) == "siglip":
             table["pad"] = "max_input_units"  # it was trained on padding, and told of no mask
         asset = table["tokenizer"]
     else:
@@ -372,7 +439,7 @@ def _tower(repository: Repository, file: str, wishes: Wishes) -> Tower:
         "normalized": output in _TOWER_OUTPUTS if wishes.normalize is None else wishes.normalize,
         "max_input_units": limit,
         "precision": graph.precision,
-        "graph": _graph_table(graph, "padded" if modality == "text" else "stacked", output, pooling),
+        "graph": _graph_table(graph, modality, output, pooling),
         modality: table,
     }
     return Tower(graph, modality, manifest, [*graph.files, asset], notes)
@@ -382,7 +449,7 @@ def _output(repository: Repository, graph: Graph, wishes: Wishes) -> tuple[str, 
     """Choose the output of a graph that stands alone: its name, pooling and width."""
     if not wishes.pooling:
         vectors = [name for name in _VECTORS if name in graph.outputs]
-        if _model_type(repository) == "siglip" and "pooler_output" in graph.outputs:
+        if model_type(repository) == "siglip" and "pooler_output" in graph.outputs:
             vectors.append("pooler_output")  # SigLIP's towers end there, others' do not
         if vectors:
             return vectors[0], "graph", _last(repository, graph, vectors[0], graph.outputs[vectors[0]])
@@ -390,13 +457,8 @@ def _output(repository: Repository, graph: Graph, wishes: Wishes) -> tuple[str, 
     if not tokens:
         raise UserError(_no_output(repository, graph))
     if not wishes.pooling:
-        raise UserError(
-            f"{repository.name} does not say how the vectors of tokens become one (it has no modules.json): see "
-            "its model card, and name it with --pooling mean, cls or last, and --normalize if vectors are normalised.",
-            USAGE,
-        )
-    pooling = list(wishes.pooling)
-    return tokens, pooling[0] if len(pooling) == 1 else pooling, _width(repository, graph, tokens, "")
+        raise UserError(_no_pooling(repository), USAGE)
+    return tokens, _short(wishes.pooling), _width(repository, graph, tokens, "")
 
 
 # --- what surrounds the graph ---------------------------------------------------------------------
@@ -406,7 +468,7 @@ def _config(repository: Repository, prefix: str) -> dict[str, Any]:
     return read_json(repository, f"{prefix}config.json") or read_json(repository, "config.json")
 
 
-def _model_type(repository: Repository) -> str:
+def model_type(repository: Repository) -> str:
     """Give the architecture, that of a single tower by the name of the whole."""
     kind = str(read_json(repository, "config.json").get("model_type", ""))
     return "siglip" if kind.startswith("siglip") else kind.removesuffix("_model").split("_vision")[0].split("_text")[0]
@@ -488,7 +550,7 @@ def _longest(repository: Repository, prefix: str, settings: Mapping[str, Any], w
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else None
     positions = (text or config).get("max_position_embeddings")
     if text is not None and positions is None:  # transformers leaves its defaults out
-        positions = {"clip": 77, "siglip": 64}.get(_model_type(repository))
+        positions = {"clip": 77, "siglip": 64}.get(model_type(repository))
     if isinstance(positions, int) and (text or config).get("model_type") in _LATE_POSITIONS:
         positions -= (text or config).get("pad_token_id", pad_id) + 1
     tokenizer = read_json(repository, f"{prefix}tokenizer_config.json")
@@ -524,7 +586,7 @@ def _image(repository: Repository, wishes: Wishes) -> tuple[dict[str, Any], int]
     height, width = processor.output_size(400, 300)
     model = read_json(repository, "config.json")
     model = model["vision_config"] if isinstance(model.get("vision_config"), dict) else model
-    patch, extra = _PATCHES.get(_model_type(repository), (0, 0))
+    patch, extra = _PATCHES.get(model_type(repository), (0, 0))
     patch = model.get("patch_size", patch) if patch else 0
     units = (height // patch) * (width // patch) + extra if patch else math.ceil(height * width / 256)
     if processor.output_size(300, 400) != (height, width) and not wishes.max_units:

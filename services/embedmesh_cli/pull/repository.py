@@ -25,7 +25,7 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from embedmesh_cli.console import FAILED, UNREACHABLE, USAGE, UserError
 
-__all__ = ["Folder", "Hub", "Repository", "read_json"]
+__all__ = ["Folder", "Hub", "Repository", "WithGraphs", "open_repository", "read_json"]
 
 # Small files that tell what a model is; fetched first. Any one of them is enough to have the list of files.
 _DESCRIPTIONS: Final = ("README.md", "config.json", "modules.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -44,11 +44,13 @@ class Repository(Protocol):
 
     Attributes:
         name: Of the model.
+        given: As a command takes it.
         source: Where it lies, the commit included, for manifests.
         files: Names of all its files, with slashes.
     """
 
     name: str
+    given: str
     source: str
     files: frozenset[str]
 
@@ -58,6 +60,20 @@ class Repository(Protocol):
         Raises:
             UserError: They cannot be had, or are not what the repository says.
         """
+
+
+def open_repository(source: str, *, endpoint: str | None, cache: Path | None, offline: bool) -> Folder | Hub:
+    """Find what a user names: a folder, or the id of a model on the Hub with an optional @revision.
+
+    Raises:
+        UserError: It is neither.
+    """
+    path, (hub_id, _, revision) = Path(source).expanduser(), source.partition("@")
+    if path.is_dir():
+        return Folder(path)
+    if source.startswith((".", "/", "~")):
+        raise UserError(f"there is no folder {source}.", USAGE)
+    return Hub(hub_id, revision or None, endpoint=endpoint, cache=cache, offline=offline)
 
 
 def read_json(repository: Repository, name: str, *, needed: bool = False) -> dict[str, Any]:
@@ -78,6 +94,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.name = path.resolve().name
+        self.given = str(path)
         self.source = str(path.resolve())
         self._path = path
         self.files = frozenset(
@@ -92,6 +109,30 @@ class Folder:
             if not (self._path / name).resolve().is_relative_to(self._path.resolve()):
                 raise UserError(f"{name} of {self._path} leads out of the folder: put the file itself there.")
         return self._path
+
+
+class WithGraphs:
+    """A repository with graphs that were made here, in place of any that it has."""
+
+    def __init__(self, original: Repository, folder: Path) -> None:
+        """Show all files of the original but its graphs, and those below `folder`, where fetched ones are linked."""
+        self.name, self.given, self.source = original.name, original.given, original.source
+        self._original = original
+        self._folder = folder
+        self._made = frozenset(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+        self.files = self._made | {file for file in original.files if not file.endswith((".onnx", ".onnx_data"))}
+
+    def fetch(self, names: Collection[str]) -> Path:
+        """Fetch those that were not made here."""
+        _refuse_missing(self.name, names, self.files)
+        others = set(names) - self._made
+        lie = self._original.fetch(others)
+        for name in others:
+            place = self._folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if not place.exists():
+                place.symlink_to((lie / name).resolve())
+        return self._folder
 
 
 class Hub:
@@ -111,7 +152,7 @@ class Hub:
                 nothing is cached.
         """
         self.name = name
-        self._asked = revision
+        self.given = f"{name}@{revision}" if revision else name
         self._endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self._cache = cache or Path(constants.HF_HUB_CACHE)
         self._offline = offline or constants.is_offline_mode()
@@ -159,7 +200,6 @@ class Hub:
         )
 
     def _download(self, patterns: Collection[str], *, bars: bool) -> Path:
-        where = f"{self.name}@{self._asked}" if self._asked else self.name
         try:
             return Path(
                 snapshot_download(
@@ -175,7 +215,7 @@ class Hub:
             )
         except HFValidationError:
             raise UserError(
-                f"{where} is neither a folder here nor the id of a model on the Hub, such as "
+                f"{self.given} is neither a folder here nor the id of a model on the Hub, such as "
                 "sentence-transformers/all-MiniLM-L6-v2.",
                 USAGE,
             ) from None
@@ -190,17 +230,19 @@ class Hub:
                 "`hf auth login` (or set HF_TOKEN)."
             ) from None
         except RevisionNotFoundError:
-            raise UserError(f"{self.name} has no revision {self._asked} (a branch, tag or commit).") from None
+            raise UserError(
+                f"{self.name} has no revision {self.given.partition('@')[2]} (a branch, tag or commit)."
+            ) from None
         except LocalEntryNotFoundError as error:
             if self._offline:
                 raise UserError(
-                    f"{where} is not wholly in the cache {self._cache}, and offline mode is on (--offline or "
+                    f"{self.given} is not wholly in the cache {self._cache}, and offline mode is on (--offline or "
                     "HF_HUB_OFFLINE): pull it once with a connection.",
                     UNREACHABLE,
                 ) from None
             raise self._unreachable(error.__cause__ or error) from None
         except HfHubHTTPError as error:
-            raise UserError(f"{self._endpoint} answered for {where}: {_line(error)}.") from None
+            raise UserError(f"{self._endpoint} answered for {self.given}: {_line(error)}.") from None
         except Exception as error:  # noqa: BLE001  (what its HTTP client raises is not part of its interface)
             raise self._unreachable(error) from None
 

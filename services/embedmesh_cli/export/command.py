@@ -1,0 +1,90 @@
+"""The command `embedmesh models export`."""
+
+from __future__ import annotations
+
+import importlib.util
+from enum import StrEnum
+from typing import Annotated, cast
+
+import typer
+from rich.console import Console
+
+from embedmesh_cli.console import USAGE, UserError
+from embedmesh_cli.pull.command import explained, say_how_to_serve
+from embedmesh_cli.pull.options import (
+    CacheDir,
+    Endpoint,
+    MaxUnits,
+    Name,
+    Normalize,
+    Offline,
+    Output,
+    PoolingWays,
+    Replace,
+    Source,
+)
+from embedmesh_encoder.pooling import Pooling
+
+__all__ = ["export"]
+
+
+class _Layout(StrEnum):
+    auto = "auto"
+    packed = "packed"
+    padded = "padded"
+
+
+def export(
+    source: Source,
+    *,
+    output: Output = None,
+    name: Name = None,
+    layout: Annotated[
+        _Layout,
+        typer.Option(
+            help="How a text model reads a batch: texts end to end in rows (packed; only families for which that is "
+            "exact), or one text a row. The former where it can, unless given."
+        ),
+    ] = _Layout.auto,
+    pooling: PoolingWays = None,
+    normalize: Normalize = None,
+    max_units: MaxUnits = None,
+    library_code: Annotated[
+        bool,
+        typer.Option(
+            "--library-code",
+            help="Of a repository that brings code of its own, take the implementation of transformers instead.",
+        ),
+    ] = False,
+    endpoint: Endpoint = None,
+    cache_dir: CacheDir = None,
+    offline: Offline = False,
+    replace: Replace = False,
+) -> None:
+    """Make a model of a repository that holds weights but no ONNX graph, on the Hugging Face Hub or in a folder.
+
+    Needs the extra `export` (torch, transformers). Only safetensors are read; pickles and code of repositories are
+    neither fetched nor loaded. The graph's vectors are held against torch's before anything is kept.
+    """
+    if missing := [module for module in ("torch", "transformers") if not importlib.util.find_spec(module)]:
+        raise UserError(f"export needs {' and '.join(missing)}: pip install 'embedmesh[export]'.", USAGE)
+    # Slow to import, and only this command needs them.
+    from embedmesh_cli.export.make import export_models  # noqa: PLC0415
+    from embedmesh_cli.pull.recipe import Wishes  # noqa: PLC0415
+    from embedmesh_cli.pull.repository import open_repository  # noqa: PLC0415
+
+    console = Console(width=None if Console().is_terminal else 1000, highlight=False)
+    repository = open_repository(source, endpoint=endpoint, cache=cache_dir, offline=offline)
+    wishes = Wishes(None, tuple(cast("list[Pooling]", pooling or [])), normalize, max_units)
+    with explained(source):
+        specs = export_models(
+            repository,
+            wishes,
+            layout=layout.value,
+            library_code=library_code,
+            name=name or repository.name,
+            output=output,
+            replace_old=replace,
+            console=console,
+        )
+    say_how_to_serve(specs, console)

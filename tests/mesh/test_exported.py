@@ -1,0 +1,695 @@
+"""Weights without a graph, exported and served by a whole mesh, against the reference library.
+
+Small models of each architecture with random weights, saved by sentence-transformers itself.
+
+    make export-table     # runs this and writes the table of services/README.md
+"""
+
+import dataclasses
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+from numpy.typing import NDArray
+from PIL import Image
+
+import embedmesh
+from embedmesh.v1 import embedding_pb2 as pb
+from embedmesh_cli.__main__ import main
+from embedmesh_cli.local import DEFINITIONS, LocalModel
+from embedmesh_cli.starter import cache_folder
+from embedmesh_cli.starter.minilm import original_model
+from embedmesh_encoder.backend import create_backend
+from embedmesh_encoder.model import ModelSpec, load_spec
+from embedmesh_encoder.text import TextItem, TextPreparer
+
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
+
+Float32 = NDArray[np.float32]
+DEMO = DEFINITIONS.parent
+README = Path(__file__).parents[2] / "services" / "README.md"
+LEAST_COSINE = 0.9999
+MOST_COMPANY = 1e-5
+
+
+# --- text families --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A small model of an architecture.
+
+    Attributes:
+        title: In the table.
+        config: Its configuration's class and settings, in transformers.
+        modules: What follows the Transformer, by the library's modules.
+        layout: In which it is exported.
+        max_seq_length: As sentence-transformers has it.
+        shard: Largest size of a file of weights.
+        padding_side: Of the reference's batches.
+    """
+
+    title: str
+    config: tuple[str, Mapping[str, Any]]
+    modules: Callable[[Any, int], list[Any]]
+    layout: str = "packed"
+    max_seq_length: int = 160
+    shard: str = "5GB"
+    padding_side: str = "right"
+
+
+def pooled(*ways: str) -> Callable[[Any, int], list[Any]]:
+    return lambda m, width: [m.Pooling(width, pooling_mode=ways)]
+
+
+def with_head(m: Any, width: int) -> list[Any]:
+    import torch
+
+    norm = m.LayerNorm(40)
+    for weight in norm.parameters():
+        weight.data.normal_()
+    return [
+        m.Pooling(width, pooling_mode=("max", "mean_sqrt_len_tokens")),
+        m.Dense(2 * width, 40, activation_function=torch.nn.Tanh()),
+        norm,
+        m.Dense(40, 24, bias=False, activation_function=torch.nn.Identity()),
+        m.Normalize(),
+    ]
+
+
+SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+BERT = {**SMALL, "vocab_size": 30522, "max_position_embeddings": 180, "pad_token_id": 0}
+DECODER = {**BERT, "num_key_value_heads": 2, "head_dim": 12, "bos_token_id": 101, "eos_token_id": 102}
+T5 = {"d_model": 48, "d_kv": 12, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 30522}
+# Windows shorter than the texts, so that they show.
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+GEMMA = {**DECODER, **WINDOWS, "query_pre_attn_scalar": 12}
+FAMILIES = {
+    "bert": Family("BERT, mean", ("BertConfig", BERT), pooled("mean"), shard="1MB"),
+    "bert-head": Family("BERT, max and mean_sqrt_len, Dense, LayerNorm, Dense", ("BertConfig", BERT), with_head),
+    "distilbert": Family(
+        "DistilBERT, cls and mean",
+        ("DistilBertConfig", {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "vocab_size": 30522}),
+        pooled("cls", "mean"),
+    ),
+    "electra": Family("ELECTRA, mean", ("ElectraConfig", {**BERT, "embedding_size": 32}), pooled("mean")),
+    "roberta": Family("RoBERTa, mean", ("RobertaConfig", BERT), pooled("mean")),
+    "xlm-roberta": Family("XLM-R, cls", ("XLMRobertaConfig", {**BERT, "pad_token_id": 1}), pooled("cls")),
+    "camembert": Family("CamemBERT, mean", ("CamembertConfig", {**BERT, "pad_token_id": 1}), pooled("mean")),
+    "mpnet": Family("MPNet, mean", ("MPNetConfig", {**BERT, "pad_token_id": 1}), pooled("mean")),
+    "modernbert": Family(
+        "ModernBERT, windows, cls",
+        ("ModernBertConfig", {**BERT, "local_attention": 8, "layer_types": WINDOWS["layer_types"]}),
+        pooled("cls"),
+    ),
+    "nomic-bert": Family("NomicBERT, mean", ("NomicBertConfig", BERT), pooled("mean")),
+    "t5": Family("T5 encoder, mean", ("T5Config", T5), pooled("mean")),
+    "mt5": Family("MT5 encoder, mean", ("MT5Config", T5), pooled("mean")),
+    "umt5": Family("UMT5 encoder, mean", ("UMT5Config", T5), pooled("mean")),
+    "qwen2": Family("Qwen2, causal, last", ("Qwen2Config", DECODER), pooled("lasttoken")),
+    "qwen2-bidirectional": Family(
+        "Qwen2, bidirectional, mean", ("Qwen2Config", {**DECODER, "is_causal": False}), pooled("mean")
+    ),
+    "qwen3": Family(
+        "Qwen3, causal, last, left padding", ("Qwen3Config", DECODER), pooled("lasttoken"), padding_side="left"
+    ),
+    "llama": Family("Llama, causal, weighted mean", ("LlamaConfig", DECODER), pooled("weightedmean")),
+    "mistral": Family(
+        "Mistral, causal, window, last", ("MistralConfig", {**DECODER, "sliding_window": 32}), pooled("lasttoken")
+    ),
+    "gemma": Family("Gemma, causal, mean", ("GemmaConfig", DECODER), pooled("mean")),
+    "gemma2": Family("Gemma 2, causal, windows, last", ("Gemma2Config", GEMMA), pooled("lasttoken")),
+    "gemma3-bidirectional": Family(
+        "Gemma 3, bidirectional, windows, mean",
+        ("Gemma3TextConfig", {**GEMMA, "use_bidirectional_attention": True}),
+        pooled("mean"),
+    ),
+    "deberta": Family(
+        "DeBERTa-v2, mean",
+        (
+            "DebertaV2Config",
+            {**BERT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 32},
+        ),
+        pooled("mean"),
+        layout="padded",
+    ),
+    "albert": Family("ALBERT, mean", ("AlbertConfig", {**BERT, "embedding_size": 32}), pooled("mean"), layout="padded"),
+}
+
+
+def randomise(model: Any) -> None:
+    """Give weights that keep the size of what passes through them, so that texts can be told apart."""
+    import torch
+
+    torch.manual_seed(20261125)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 1.0 if "embed" in name.lower() or "shared" in name else weight[0].numel() ** -0.5)
+            else:
+                weight.add_(0.1 * torch.randn_like(weight))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Path:
+    """A real tokenizer, that of all-MiniLM-L6-v2."""
+    return original_model(cache_folder() / "peers", lambda line: None) / "tokenizer.json"
+
+
+def save(family: Family, tokenizer: Path, folder: Path) -> None:
+    """Save a repository of a family, by the library itself."""
+    import transformers  # type: ignore[import-not-found]
+    from sentence_transformers import SentenceTransformer, models  # type: ignore[import-not-found]
+
+    kind, settings = family.config
+    config = getattr(transformers, kind)(**settings)
+    encoder = kind.replace("Config", "EncoderModel") if "T5" in kind else None
+    model = getattr(transformers, encoder)(config) if encoder else transformers.AutoModel.from_config(config)
+    randomise(model)
+    raw = folder.with_name(f"{folder.name}-raw")
+    model.eval().save_pretrained(raw)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer),
+        model_max_length=512,
+        model_input_names=["input_ids", "attention_mask"],
+        padding_side=family.padding_side,
+        **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "cls", "sep", "unk")},
+    ).save_pretrained(raw)
+    transformer = models.Transformer(str(raw), max_seq_length=family.max_seq_length)
+    width = transformer.get_embedding_dimension()
+    SentenceTransformer(modules=[transformer, *family.modules(models, width)], device="cpu").save(str(folder))
+    if family.shard != "5GB":
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, max_shard_size=family.shard)
+
+
+@pytest.fixture
+def bert(tokenizer: Path, tmp_path: Path) -> Path:
+    save(FAMILIES["bert"], tokenizer, tmp_path / "small")
+    return tmp_path / "small"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Run the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["embedmesh", *map(str, words)])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EMBEDMESH_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    """Texts from nothing to more than the models read."""
+    path = Path(__file__).parents[1] / "data" / "golden_text" / "texts.jsonl"
+    rows = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    # The token of padding is no padding where a text has it.
+    return [*(text[:2000] for text in rows[::25] if text.strip()), "before [PAD] and after"]
+
+
+def reference(folder: Path, texts: Sequence[str]) -> Float32:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), device="cpu")
+    vectors: Float32 = model.encode(list(texts), batch_size=16, show_progress_bar=False)
+    return vectors
+
+
+def in_rows(spec: ModelSpec, texts: Sequence[str]) -> Float32:
+    """Embed as OpenVINO does on many cores: several rows, filled up with padding."""
+    preparer = TextPreparer(spec, row_width=64, row_multiple=16)
+    batch = [preparer.prepare(TextItem(text), pb.TRUNCATION_END) for text in texts]
+    backend = create_backend(spec.run_by("openvino", "float32"))
+    try:
+        return preparer.split(backend.run(preparer.collate(batch)), batch)
+    finally:
+        backend.close()
+
+
+def unit(vectors: Float32) -> Float32:
+    normed: Float32 = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return normed
+
+
+def cosine(ours: Float32, theirs: Float32) -> float:
+    return float(np.einsum("nd,nd->n", unit(ours), unit(theirs)).min())
+
+
+def likeness(vectors: Float32) -> float:
+    """Tell how alike the two most alike vectors are."""
+    return float((unit(vectors) @ unit(vectors).T)[~np.eye(len(vectors), dtype=bool)].max())
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A row of the table."""
+
+    title: str
+    layout: str
+    worst: float
+    company: float
+    alike: float
+
+    @property
+    def fine(self) -> bool:
+        # Far nearer to its own reference than any two inputs are to each other; else a wrong input's vector would pass.
+        near = 1 - self.worst < (1 - self.alike) / 10
+        return near and self.worst >= LEAST_COSINE and self.company <= MOST_COMPANY
+
+
+def keep(table: str, rows: Sequence[Found]) -> None:
+    """Write a table of the README if asked for it; else see that it is of the same models."""
+    text = README.read_text(encoding="utf-8")
+    start, end = (f"<!-- {word} of the export table: {table} -->\n" for word in ("start", "end"))
+    before, _, rest = text.partition(start)
+    old, _, after = rest.partition(end)
+    lines = [
+        "| model | layout | worst cosine | alone and in company | most alike inputs |\n",
+        "| --- | --- | --- | --- | --- |\n",
+        *(f"| {row.title} | {row.layout} | {row.worst:.7f} | {row.company:.1e} | {row.alike:.5f} |\n" for row in rows),
+    ]
+    if os.environ.get("WRITE_EXPORT_TABLE"):
+        README.write_text("".join((before, start, *lines, end, after)), encoding="utf-8")
+        return
+    named = [line.split(" | ")[:2] for line in old.splitlines()]
+    assert named == [line.split(" | ")[:2] for line in lines], "make export-table"
+
+
+async def test_text_families(
+    start_mesh: Any, tokenizer: Path, texts: list[str], home: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name, family in FAMILIES.items():
+        save(family, tokenizer, tmp_path / name)
+        assert run(monkeypatch, "models", "export", tmp_path / name) == 0, (name, capfd.readouterr())
+        assert "As torch: worst cosine 0.99999" in (said := capfd.readouterr().out) or "cosine 1.0000" in said, said
+    rows, problems = [], []
+    models = tuple(home / name for name in FAMILIES)
+    async with start_mesh(text_models=models) as mesh, embedmesh.AsyncClient(mesh.address) as client:
+        for name, family in FAMILIES.items():
+            spec = load_spec(home / name)
+            together = (await client.embed(texts, model=name, cache="bypass")).vectors
+            alone = np.concatenate(
+                [(await client.embed([text], model=name, cache="bypass")).vectors for text in texts[::4]]
+            )
+            theirs = reference(tmp_path / name, texts)
+            lengths = np.linalg.norm(together, axis=1) / np.linalg.norm(theirs, axis=1)
+            found = Found(
+                family.title,
+                spec.graph.layout,
+                min(cosine(together, theirs), cosine(in_rows(spec, texts), theirs)),
+                float(np.abs(unit(alone) - unit(together)[::4]).max()),
+                likeness(theirs),
+            )
+            rows.append(found)
+            if not found.fine or spec.graph.layout != family.layout or np.abs(lengths - 1).max() > 1e-4:
+                problems.append((found, lengths))
+    assert not problems
+    keep("text", rows)
+
+
+def test_from_a_hub_and_verified(
+    bert: Path, hub: Any, hub_repository: Any, tmp_path: Path, home: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (bert / "pytorch_model.bin").write_bytes(b"\x80")
+    (bert / "model.py").write_text("raise SystemExit")
+    files = {path.relative_to(bert).as_posix(): path.read_bytes() for path in bert.rglob("*") if path.is_file()}
+    hub.repositories["org/small"] = hub_repository(files)
+    words = ("org/small@main", "--endpoint", hub.endpoint, "--cache-dir", tmp_path / "hub")
+    assert run(monkeypatch, "models", "pull", *words) == 1
+    assert "models export org/small@main` makes one of its weights" in capfd.readouterr().err
+    assert run(monkeypatch, "models", "export", *words) == 0, capfd.readouterr()
+    fetched = set(hub.downloads())
+    assert {name for name in files if name.startswith("model-")} < fetched
+    assert not {"pytorch_model.bin", "model.py"} & fetched
+    assert run(monkeypatch, "models", "verify", "org/small", "--reference", bert) == 0, capfd.readouterr()
+    # A second time it is the same model, and nothing is in the way.
+    assert run(monkeypatch, "models", "export", *words, "--offline") == 0, capfd.readouterr()
+    assert [path.name for path in home.iterdir()] == ["org--small"]
+
+
+# --- towers ---------------------------------------------------------------------------------------
+
+VISION = {**SMALL, "hidden_size": 64, "image_size": 96, "patch_size": 16}
+TOWER_TEXT = {**BERT, "max_position_embeddings": 40, "bos_token_id": 101, "eos_token_id": 102}
+CLAP_AUDIO = {"depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 4, 8], "patch_embeds_hidden_size": 16}
+WHISPER = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 96}
+WAV2VEC2 = {**SMALL, "conv_dim": [16] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+SIZES = {"size": {"shortest_edge": 96}, "crop_size": {"height": 96, "width": 96}}
+SQUARE = {"size": {"height": 96, "width": 96}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """A small model of towers.
+
+    Attributes:
+        title: In the table.
+        name: Of its classes in transformers, without Config and Model.
+        settings: Of its configuration.
+        processor: Content of its `preprocessor_config.json`.
+        vector: From the torch model and one input's features to its vector.
+        options: For the export.
+    """
+
+    title: str
+    name: str
+    settings: Mapping[str, Any]
+    processor: Mapping[str, Any]
+    vector: Callable[[Any, Mapping[str, Any]], Any]
+    options: Sequence[str] = ()
+
+
+def features(model: Any, inputs: Mapping[str, Any]) -> Any:
+    kind = "text" if "input_ids" in inputs else "image" if "pixel_values" in inputs else "audio"
+    return getattr(model, f"get_{kind}_features")(**inputs).pooler_output
+
+
+def first(model: Any, inputs: Mapping[str, Any]) -> Any:
+    return model(**inputs).last_hidden_state[:, 0]
+
+
+def mean(model: Any, inputs: Mapping[str, Any]) -> Any:
+    return model(**inputs).last_hidden_state.mean(1)
+
+
+def pooler(model: Any, inputs: Mapping[str, Any]) -> Any:
+    return model(**inputs).pooler_output
+
+
+TOWERS = {
+    "clip": Tower(
+        "CLIP",
+        "CLIP",
+        {"text_config": TOWER_TEXT, "vision_config": VISION, "projection_dim": 40},
+        {"image_processor_type": "CLIPImageProcessor", **SIZES},
+        features,
+    ),
+    "siglip": Tower(
+        "SigLIP",
+        "Siglip",
+        {"text_config": {**TOWER_TEXT, "projection_size": 64}, "vision_config": VISION},
+        {"image_processor_type": "SiglipImageProcessor", **SQUARE},
+        features,
+    ),
+    "clap": Tower(
+        "CLAP",
+        "Clap",
+        {"text_config": TOWER_TEXT, "audio_config": {**CLAP_AUDIO, "hidden_size": 128}, "projection_dim": 40},
+        {"feature_extractor_type": "ClapFeatureExtractor", "truncation": "rand_trunc"},
+        features,
+    ),
+    "vit": Tower(
+        "ViT, cls", "ViT", VISION, {"image_processor_type": "ViTImageProcessor", **SQUARE}, first, ("--pooling", "cls")
+    ),
+    "dinov2": Tower(
+        "DINOv2, mean",
+        "Dinov2",
+        {**VISION, "patch_size": 12},
+        {"image_processor_type": "BitImageProcessor", **SIZES},
+        mean,
+        ("--pooling", "mean"),
+    ),
+    "convnext": Tower(
+        "ConvNeXt",
+        "ConvNext",
+        {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 2, 1]},
+        {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 224}},
+        pooler,
+    ),
+    "ast": Tower("AST", "AST", {**SMALL, "hidden_size": 64}, {"feature_extractor_type": "ASTFeatureExtractor"}, pooler),
+    "whisper": Tower(
+        "Whisper encoder, mean",
+        "Whisper",
+        {**WHISPER, "decoder_layers": 1, "decoder_ffn_dim": 96, "decoder_attention_heads": 4, "vocab_size": 100}
+        | {f"{each}_token_id": 1 for each in ("pad", "bos", "eos", "decoder_start")},
+        {"feature_extractor_type": "WhisperFeatureExtractor"},
+        lambda model, inputs: mean(model.encoder, inputs),
+        ("--pooling", "mean"),
+    ),
+    "wav2vec2": Tower(
+        "wav2vec2, mean",
+        "Wav2Vec2",
+        {**WAV2VEC2, "feat_extract_norm": "layer", "do_stable_layer_norm": True},
+        {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "return_attention_mask": True},
+        mean,
+        ("--pooling", "mean", "--max-units", "900"),
+    ),
+}
+
+
+def save_tower(tower: Tower, tokenizer: Path, folder: Path) -> Any:
+    """Save a repository, and give the torch model."""
+    import transformers
+
+    model = getattr(transformers, f"{tower.name}Model")(getattr(transformers, f"{tower.name}Config")(**tower.settings))
+    randomise(model)
+    model.eval().save_pretrained(folder)
+    if "text_config" in tower.settings:
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(tokenizer),
+            model_max_length=39 if tower.name == "Clap" else 40,
+            model_input_names=["input_ids"] if tower.name == "Siglip" else ["input_ids", "attention_mask"],
+            **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "cls", "sep", "unk")},
+        ).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(tower.processor))
+    return model
+
+
+def text_inputs(folder: Path, tower: Tower) -> Callable[[str], Any]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    padding = "max_length" if tower.name == "Siglip" else False
+    return lambda text: tokenizer([text], padding=padding, truncation=True, return_tensors="pt")
+
+
+def image_inputs(folder: Path) -> Callable[[bytes], Any]:
+    from transformers import AutoImageProcessor
+    from transformers.image_transforms import convert_to_rgb  # type: ignore[import-not-found]
+
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+
+    def look(content: bytes) -> Any:
+        # The library's own function: what is transparent becomes white, not whatever lies beneath.
+        pixels = convert_to_rgb(Image.open(io.BytesIO(content)), return_numpy=True)
+        return processor(Image.fromarray(pixels), return_tensors="pt")
+
+    return look
+
+
+def audio_inputs(folder: Path) -> Callable[[bytes], Any]:
+    from transformers import AutoFeatureExtractor
+
+    extractor = AutoFeatureExtractor.from_pretrained(folder)
+    rate = extractor.sampling_rate
+
+    def read(content: bytes) -> Any:
+        samples, given = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+        wave = soxr.resample(samples.mean(axis=1), given, rate, quality="HQ")
+        return extractor(wave, sampling_rate=rate, return_tensors="pt")
+
+    return read
+
+
+def inputs_of(modality: str, folder: Path, tower: Tower, texts: list[str]) -> tuple[list[Any], Callable[[Any], Any]]:
+    """Give inputs, and what makes features of one."""
+    if modality == "text":
+        return texts, text_inputs(folder, tower)
+    demo = {"image": "pictures", "audio": "speech"}[modality]
+    contents = [file.read_bytes() for file in sorted((DEMO / demo).iterdir()) if file.is_file()][:12]
+    return contents, image_inputs(folder) if modality == "image" else audio_inputs(folder)
+
+
+async def test_towers(
+    start_mesh: Any, tokenizer: Path, texts: list[str], home: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    import torch
+
+    rows: list[Found] = []
+    wrap = {"text": str, "image": embedmesh.Image, "audio": embedmesh.Audio}
+    specs: dict[str, list[ModelSpec]] = {}
+    models = {}
+    for name, tower in TOWERS.items():
+        models[name] = save_tower(tower, tokenizer, tmp_path / name)
+        assert run(monkeypatch, "models", "export", tmp_path / name, *tower.options) == 0, (name, capfd.readouterr())
+        specs[name] = [load_spec(path) for path in sorted(home.iterdir()) if path.name.split("-")[0] == name]
+    by_modality = {
+        modality: tuple(spec.folder for each in specs.values() for spec in each if spec.modality == modality)
+        for modality in wrap
+    }
+    async with (
+        start_mesh(**{f"{modality}_models": folders for modality, folders in by_modality.items()}) as mesh,
+        embedmesh.AsyncClient(mesh.address) as client,
+    ):
+        for name, tower in TOWERS.items():
+            for spec in specs[name]:
+                given, read = inputs_of(spec.modality, tmp_path / name, tower, texts)
+                with torch.no_grad():
+                    theirs = np.concatenate([tower.vector(models[name], read(each)).numpy() for each in given])
+                items = [wrap[spec.modality](each) for each in given]
+                together = (await client.embed(items, model=spec.name, cache="bypass")).vectors
+                alone = np.concatenate(
+                    [(await client.embed([item], model=spec.name, cache="bypass")).vectors for item in items[::4]]
+                )
+                found = Found(
+                    f"{tower.title}, {spec.modality}",
+                    spec.graph.layout,
+                    cosine(together, theirs),
+                    float(np.abs(unit(alone) - unit(together)[::4]).max()),
+                    likeness(theirs),
+                )
+                rows.append(found)
+    assert not [found for found in rows if not found.fine]
+    keep("towers", rows)
+
+
+# --- what is refused, and what else may be wished -------------------------------------------------
+
+
+def change(file: Path, **keys: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def only_pickles(folder: Path) -> None:
+    import torch
+
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def lose_a_weight(folder: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    shard = max(folder.glob("model-*.safetensors"))
+    weights = load_file(shard)
+    lost = next(name for name in weights if "pooler" not in name)
+    save_file({name: weight for name, weight in weights.items() if name != lost}, shard, {"format": "pt"})
+
+
+def make_outside(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    change(index, weight_map=dict.fromkeys(table["weight_map"], "../raw.safetensors"))
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "pickles only": (only_pickles, "has its weights as pickles only (pytorch_model.bin), which are never loaded"),
+    "a shard is missing": (
+        lambda folder: min(folder.glob("model-*.safetensors")).unlink(),
+        "small has no model-00001-of-",
+    ),
+    "a shard lies outside": (make_outside, "small has no ../raw.safetensors"),
+    "a damaged shard": (
+        lambda folder: min(folder.glob("model-*.safetensors")).write_bytes(b"\xff" * 64),
+        "transformers cannot load small: ",
+    ),
+    "a weight is missing": (lose_a_weight, "the weights of small are incomplete: "),
+    "code of its own": (
+        lambda folder: change(folder / "config.json", auto_map={"AutoModel": "modeling.Other"}),
+        "small brings code of its own, which never runs here",
+    ),
+    "an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "small is an adapter: merge it"),
+    "quantised": (
+        lambda folder: change(folder / "config.json", quantization_config={"quant_method": "gptq"}),
+        "the weights of small are quantised",
+    ),
+    "stretched positions": (
+        lambda folder: change(folder / "config.json", rope_scaling={"type": "dynamic", "factor": 2.0}),
+        "stretches its positions by the longest text of a batch (dynamic)",
+    ),
+    "a decoder behind": (
+        lambda folder: change(folder / "config.json", model_type="bart", is_encoder_decoder=True),
+        "small is an encoder with a decoder (bart)",
+    ),
+    "unknown": (
+        lambda folder: change(folder / "config.json", model_type="yesterdays"),
+        "transformers cannot load small: ",
+    ),
+    "pooling is not said": (
+        lambda folder: (folder / "modules.json").unlink(),
+        "small does not say how the vectors of tokens become one",
+    ),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "small has no tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(
+    case: str, bert: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spoil, sentence = REFUSED[case]
+    spoil(bert)
+    assert run(monkeypatch, "models", "export", bert) != 0
+    assert sentence in capfd.readouterr().err
+    assert not list(home.glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        # A mask that hides nothing: texts of a row see each other.
+        ("embedmesh_cli.export.packed._FAR", "the exported graph gives other vectors than torch (worst cosine 0."),
+        # Nothing is like enough.
+        ("embedmesh_cli.export.check.LEAST_COSINE", "at least 1.1 is wanted): nothing was kept"),
+        ("embedmesh_cli.export.check.MOST_COMPANY", "vectors that depend on what else is in their batch"),
+    ],
+)
+def test_a_broken_export_is_refused(
+    spoil: str, sentence: str, bert: Path, home: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(spoil, {"_FAR": 0.0, "LEAST_COSINE": 1.1, "MOST_COMPANY": -1.0}[spoil.rpartition(".")[2]])
+    assert run(monkeypatch, "models", "export", bert) == 1
+    assert sentence in capfd.readouterr().err
+    assert not list(home.glob("*"))
+
+
+def test_a_family_that_cannot_be_packed_is_not(
+    tokenizer: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save(FAMILIES["deberta"], tokenizer, tmp_path / "small")
+    assert run(monkeypatch, "models", "export", tmp_path / "small", "--layout", "packed") == 2
+    assert "small is a deberta-v2, which cannot be packed" in capfd.readouterr().err
+
+
+def test_layouts_and_large_weights_give_the_same_space(
+    bert: Path, texts: list[str], home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (bert / "modules.json").unlink()
+    words = ("models", "export", bert, "--pooling", "cls", "--pooling", "max", "--normalize")
+    assert run(monkeypatch, *words, "--layout", "padded", "--name", "padded") == 0, capfd.readouterr()
+    monkeypatch.setattr("embedmesh_cli.export.graph._LARGE", 1000)
+    change(bert / "config.json", auto_map={"AutoModel": "modeling.Other"})
+    assert run(monkeypatch, *words, "--library-code", "--name", "packed") == 0, capfd.readouterr()
+    padded, packed = load_spec(home / "padded"), load_spec(home / "packed")
+    assert (padded.graph.layout, padded.graph.pooling) == ("padded", ("cls", "max"))
+    assert (packed.graph.layout, packed.graph.pooling) == ("packed", "graph")
+    assert "onnx/model.onnx_data" in packed.files
+    assert padded.normalized
+    assert packed.normalized
+    assert padded.space.removeprefix("padded") == packed.space.removeprefix("packed")
+    vectors = []
+    for spec in (padded, packed):
+        model = LocalModel(spec)
+        vectors.append(np.concatenate([model.embed(batch) for batch in model.batches([TextItem(t) for t in texts])]))
+        model.close()
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-5, rtol=0)
