@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from embedmesh_encoder.settings import AudioSettings, ImageSettings, TextSettings
 from embedmesh_gateway.settings import GatewaySettings
-from embedmesh_server.metrics import EncoderMetrics, GatewayMetrics, ServerMetrics
+from embedmesh_server.metrics import EncoderMetrics, FileMetrics, GatewayMetrics, ServerMetrics
 from embedmesh_server.settings import NodeSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +32,7 @@ def exported() -> dict[str, str]:
     ServerMetrics(registry, "any")
     EncoderMetrics(registry)
     GatewayMetrics(registry)
+    FileMetrics(registry)
     names: dict[str, str] = {}
     for metric in registry.collect():
         endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(metric.type, ("",))
