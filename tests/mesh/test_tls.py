@@ -3,6 +3,10 @@
 import asyncio
 import base64
 import hashlib
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,8 +39,13 @@ class Pki:
         self._write("ca.crt", b"".join(each.cert_pem.bytes() for each in authorities))
 
     def issue(self, authority: trustme.CA) -> None:
-        for name, host in (("gateway", "localhost"), ("encoder", "encoder.internal"), ("client", "client.internal")):
-            leaf = authority.issue_cert(host)
+        hosts = {
+            "gateway": ("localhost", "127.0.0.1"),
+            "encoder": ("encoder.internal",),
+            "client": ("client.internal",),
+        }
+        for name, names in hosts.items():
+            leaf = authority.issue_cert(*names)
             self._write(f"{name}.crt", leaf.cert_chain_pems[0].bytes())
             self._write(f"{name}.key", leaf.private_key_pem.bytes())
             self.secrets.add(leaf.private_key_pem.bytes().decode().splitlines()[1])
@@ -181,3 +190,56 @@ async def test_everything_is_renewed_under_load_without_a_failed_call(
         async with AsyncClient(address(mesh), tls=pki.client, token=TOKEN) as client:
             assert (await client.embed(["the last one"])).vectors.shape == (1, 16)
         assert calls > 50
+
+
+def test_the_command_talks_to_it(pki: Pki, fake_model: Path, tmp_path: Path) -> None:
+    """`embedmesh up` with a config, and `embed` and `models list` by the variables that all three read."""
+    tables = []
+    for name, options in pki.options().items():
+        tables += [f"[{name}]", *(f"{key} = {json.dumps(str(value))}" for key, value in options.items())]
+    tables += ["[up]", "port = 0", "http_port = 0", 'redis = "none"', 'without = ["image", "audio"]']
+    tables += [f"text_model = [{json.dumps(str(fake_model))}]", f'log_dir = "{tmp_path / "logs"}"']
+    config = tmp_path / "mesh.toml"
+    config.write_text("\n".join(tables))
+    token_file = tmp_path / "token"
+    token_file.write_text(TOKEN + "\n")
+    environ = {
+        **os.environ,
+        "EMBEDMESH_TLS_CA": str(pki.folder / "ca.crt"),
+        "EMBEDMESH_TLS_CERT": str(pki.folder / "client.crt"),
+        "EMBEDMESH_TLS_KEY": str(pki.folder / "client.key"),
+        "EMBEDMESH_TOKEN_FILE": str(token_file),
+    }
+
+    def run(*words: str, **changed: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "embedmesh_cli", *words]
+        return subprocess.run(command, env=environ | changed, capture_output=True, text=True, timeout=60, check=False)
+
+    command = [sys.executable, "-m", "embedmesh_cli", "up", "--config", str(config)]
+    up = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert up.stdout
+        said = ""
+        while "models list --address " not in said:
+            line = up.stdout.readline()
+            assert line, said
+            said += line
+        assert "gateway   serves " in said
+        at = said.rpartition("models list --address ")[2].split()[0]
+        done = run("embed", "--address", at, "hello")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(json.loads(done.stdout)["vector"]) == 16
+        assert "ready" in run("models", "list", "--address", at).stdout
+        for changed, status, sentence in (
+            ({"EMBEDMESH_TOKEN_FILE": ""}, 1, "the call brings no key"),
+            ({"EMBEDMESH_TLS_CA": ""}, 3, "there is no trust by TLS"),
+            ({"EMBEDMESH_TLS_CA": str(tmp_path / "none")}, 2, "none: No such file"),
+            ({"EMBEDMESH_TLS_KEY": ""}, 2, "mutual TLS needs both"),
+        ):
+            done = run("embed", "--address", at, "hello", **changed)
+            assert (done.returncode, sentence in done.stderr) == (status, True), done.stderr
+            assert TOKEN not in done.stderr
+        assert TOKEN not in said
+    finally:
+        up.terminate()
+        up.communicate(timeout=60)
