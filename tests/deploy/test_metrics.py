@@ -19,7 +19,7 @@ KINDS: tuple[type[NodeSettings], ...] = (GatewaySettings, TextSettings, ImageSet
 # Flags of helm, kubectl, docker, promtool, k6, Prometheus and Valkey, and of `embedmesh models`, in texts of deploy/.
 OTHERS = {
     *("--set", "--values", "--install", "--namespace", "--strict", "--help", "--address"),
-    *("--from-literal", "--kustomize", "--follow"),
+    *("--from-literal", "--from-file", "--kustomize", "--follow"),
     *("--file", "--target", "--tag", "--build", "--wait"),
     *("--summary-export", "--config", "--storage"),
     *("--bind", "--save", "--appendonly", "--loglevel", "--maxmemory", "--maxmemory-policy", "--protected-mode"),
