@@ -111,4 +111,7 @@ class Files:
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             for followed in self._followed:
-                followed.look()
+                try:
+                    followed.look()
+                except Exception:  # noqa: BLE001  (one file must not end the look after the others)
+                    _log.exception("cannot follow %r", followed)

@@ -85,8 +85,8 @@ def _read(paths: TlsFiles) -> Identity:
             raise FileError(f"{error.filename or paths.certificate} cannot be read: {error.strerror}") from None
     if identity.authorities:
         try:
-            context.load_verify_locations(cadata=identity.authorities.decode("ascii", "replace"))
-        except ssl.SSLError:
+            context.load_verify_locations(cadata=identity.authorities.decode("ascii"))
+        except (ssl.SSLError, UnicodeDecodeError):
             raise FileError(f"{paths.authorities} holds no certificates of authorities in PEM") from None
     return identity
 

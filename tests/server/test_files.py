@@ -1,3 +1,4 @@
+import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -93,3 +94,22 @@ def test_at_the_start_what_cannot_be_used_is_an_error(follow: Callable[[], Follo
     number.write_text("nonsense")
     with pytest.raises(FileError, match="holds no number"):
         follow()
+
+
+async def test_a_file_that_breaks_its_reader_leaves_the_others_followed(
+    registry: CollectorRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("embedmesh_server.files._LOOK_SECONDS", 0.01)
+    paths = [tmp_path / name for name in ("bad", "good")]
+    for path in paths:
+        path.write_text("1")
+    followed = Files(FileMetrics(registry))
+    numbers = [followed.follow(path.name, [path], lambda path=path: int(path.read_text())) for path in paths]  # type: ignore[misc]
+    watching = asyncio.create_task(followed.watch())
+    for path in paths:
+        path.write_text("two" if path.name == "bad" else "22")
+    while numbers[1].value != 22:
+        await asyncio.sleep(0.01)
+    watching.cancel()
+    assert numbers[0].value == 1
+    assert "cannot follow <Followed bad" in caplog.text

@@ -163,6 +163,8 @@ async def test_an_authority_that_is_taken_away_lets_nobody_in_any_more(
         ({"tls_cert": "empty"}, "empty is empty"),
         ({"tls_key": "nonsense"}, "are not a certificate and its private key in PEM, unencrypted"),
         ({"tls_client_ca": "nonsense"}, "nonsense holds no certificates of authorities in PEM"),
+        ({"tls_client_ca": "binary"}, "binary holds no certificates of authorities in PEM"),
+        ({"tls_cert": "binary"}, "are not a certificate and its private key in PEM, unencrypted"),
         ({"tls_client_ca": "other"}, "cannot be read: Is a directory"),
     ],
 )
@@ -173,6 +175,7 @@ async def test_files_that_cannot_be_used_are_named_and_not_shown(
     write(tmp_path / "other", authority.issue_cert("localhost"))
     (tmp_path / "empty").touch()
     (tmp_path / "nonsense").write_text("secret words")
+    (tmp_path / "binary").write_bytes(b"\x30\x82\xff\x00")
     node, _ = make_node(**(good | {name: tmp_path / path for name, path in changed.items()}))
     with pytest.raises(FileError, match=sentence) as caught:
         await node.start()
