@@ -26,8 +26,11 @@ CHART: Final = Path(__file__).resolve().parent / "chart"
 BEGIN, END = "<!-- values: made by deploy/generate.py -->\n", "<!-- end -->\n"
 
 # The chart gives these itself: addresses, models, and what it learns from other values.
-_OWN: Final = {"host", "port", "http_port", "ready_file", "model"}
-_OWN_OF_GATEWAY: Final = {"text_target", "image_target", "audio_target", "redis_url"}
+_OWN: Final = {"host", "port", "http_port", "ready_file", "model", "tls_cert", "tls_key", "tls_client_ca"}
+_OWN_OF_GATEWAY: Final = {
+    *("text_target", "image_target", "audio_target", "redis_url", "keys_file"),
+    *("upstream_tls_ca", "upstream_tls_cert", "upstream_tls_key"),
+}
 # Kubernetes checks what is in these.
 _FREE: Final = {
     *("annotations", "podAnnotations", "podLabels", "labels", "nodeSelector", "affinity", "behavior", "resources"),

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from embedmesh.errors import DeadlineExceeded, Overloaded
-from embedmesh_server.metrics import GatewayMetrics
+from embedmesh.errors import DeadlineExceeded, EmbedMeshError
 
 __all__ = ["Admission"]
 
@@ -19,18 +18,24 @@ class Admission:
 
     Args:
         limit: The most inputs in service. A single request always fits when nothing else is in service.
-        metrics: Counts refusals.
+        refusal: Gives the error for `n` inputs that do not fit, from the time in which a request is usually served.
     """
 
-    def __init__(self, limit: int, metrics: GatewayMetrics) -> None:
-        self._limits = {True: max(1, limit // 2), False: limit}
-        self._metrics = metrics
+    def __init__(self, limit: int, refusal: Callable[[int, Admission, float], EmbedMeshError]) -> None:
+        self._refusal = refusal
         self._used = {True: 0, False: 0}  # by "is bulk"
         self._seconds = 0.1  # moving average of a request's time in service
         self._waiting: deque[tuple[int, bool, asyncio.Future[None]]] = deque()
+        self.resize(limit)
 
     def __repr__(self) -> str:
-        return f"<Admission inputs={self.inputs}/{self._limits[False]} waiting={len(self._waiting)}>"
+        return f"<Admission inputs={self.inputs}/{self.limit} waiting={len(self._waiting)}>"
+
+    def resize(self, limit: int) -> None:
+        """Go by another limit from now on."""
+        self.limit = limit
+        self._limits = {True: max(1, limit // 2), False: limit}
+        self._admit_waiting()
 
     @property
     def inputs(self) -> int:
@@ -47,7 +52,7 @@ class Admission:
         """Keep room for `n` inputs; when there is none, refuse, or wait until `deadline` when `patient`.
 
         Raises:
-            Overloaded: With the time in which a request is usually served.
+            EmbedMeshError: Of `refusal`.
             DeadlineExceeded: No room came free in time.
         """
         if self._fits(n, bulk) and not (patient and self._waiting):
@@ -55,11 +60,7 @@ class Admission:
         elif patient:
             await self._wait(n, bulk, deadline)
         else:
-            self._metrics.refused_inputs.inc(n)
-            raise Overloaded(
-                f"{self.inputs} inputs are in service, {n} more do not fit",
-                retry_after=min(max(self._seconds, 0.05), 5.0),
-            )
+            raise self._refusal(n, self, min(max(self._seconds, 0.05), 5.0))
         start = time.monotonic()
         try:
             yield

@@ -141,7 +141,8 @@ class Catalog:
             models = await self._upstreams[modality].list_models(within=_CALL_SECONDS)
         except EmbedMeshError as error:
             if self._errors[modality] is None:
-                _log.warning("%s encoders do not answer", modality, extra={"detail": error.message})
+                why = "; ".join(getattr(error, "__notes__", ()))
+                _log.warning("%s encoders do not answer", modality, extra={"detail": error.message, "why": why})
             self._errors[modality] = error
             return
         self._errors[modality] = None

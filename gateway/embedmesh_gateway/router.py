@@ -51,6 +51,7 @@ from embedmesh_gateway.admission import Admission
 from embedmesh_gateway.cache import VectorCache
 from embedmesh_gateway.catalog import Catalog
 from embedmesh_gateway.keys import cache_key, cache_keys
+from embedmesh_gateway.tenants import Tenant
 from embedmesh_gateway.upstream import Answer, Upstream, broken, is_whole
 from embedmesh_server.metrics import GatewayMetrics
 
@@ -177,7 +178,7 @@ class Router:
         self._catalog, self._upstreams, self._cache, self._metrics = catalog, upstreams, cache, metrics
         self._max_inputs = max_inputs
         self._answer_bytes = max_message_bytes - _MESSAGE_SLACK
-        self._admission = Admission(max_inflight_inputs, metrics)
+        self._admission = Admission(max_inflight_inputs, self._full)
         self._flights: dict[bytes, _Flight] = {}
 
     def __repr__(self) -> str:
@@ -190,6 +191,7 @@ class Router:
         deadline: float,
         priority: pb.Priority.ValueType,
         patient: bool = False,
+        tenant: Tenant | None = None,
     ) -> gateway_pb2.EmbedResponse:
         """Answer one request; `results[i]` of the response answers `inputs[i]`.
 
@@ -198,14 +200,25 @@ class Router:
             deadline: In seconds of the running loop's clock; `math.inf` for none.
             priority: What an unset priority means.
             patient: Sit overload out until the deadline instead of refusing (bulk streams).
+            tenant: Whose quotas count.
 
         Raises:
             InvalidArgument: The request breaks the contract.
             Overloaded: The gateway is full.
+            QuotaExceeded: The tenant has used its quotas up.
             EmbedMeshError: No input could be tried, all for the same reason.
         """
         self._check(request)
         priority = request.priority or priority
+        if tenant is None:
+            return await self._serve(request, deadline=deadline, priority=priority, patient=patient)
+        bulk = priority == pb.PRIORITY_BULK
+        async with tenant.hold(len(request.inputs), bulk=bulk, patient=patient, deadline=deadline):
+            return await self._serve(request, deadline=deadline, priority=priority, patient=patient)
+
+    async def _serve(
+        self, request: gateway_pb2.EmbedRequest, *, deadline: float, priority: pb.Priority.ValueType, patient: bool
+    ) -> gateway_pb2.EmbedResponse:
         bulk = priority == pb.PRIORITY_BULK
         async with self._admission.hold(len(request.inputs), bulk=bulk, patient=patient, deadline=deadline):
             groups: dict[str, _Group] = {}
@@ -221,6 +234,10 @@ class Router:
             await self._plan(request, groups.values(), priority=priority, patient=patient, deadline=deadline)
             await _together(*(self._answer(group) for group in groups.values() if group.plan is not None))
             return self._assemble(request, list(groups.values()))
+
+    def _full(self, n: int, admission: Admission, pause: float) -> Overloaded:
+        self._metrics.refused_inputs.inc(n)
+        return Overloaded(f"{admission.inputs} inputs are in service, {n} more do not fit", retry_after=pause)
 
     def _check(self, request: gateway_pb2.EmbedRequest) -> None:
         if len(request.inputs) > self._max_inputs:

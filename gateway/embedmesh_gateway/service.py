@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -15,6 +15,7 @@ from embedmesh.v1 import catalog_pb2, catalog_pb2_grpc, gateway_pb2, gateway_pb2
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh_gateway.catalog import Catalog
 from embedmesh_gateway.router import Router
+from embedmesh_gateway.tenants import Tenant
 from embedmesh_server.interceptor import deadline_of, request_id
 
 __all__ = ["CatalogServicer", "GatewayServicer"]
@@ -31,17 +32,28 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         router: Answers requests.
         default_timeout: Seconds that a call without deadline, or a chunk of a stream without, may take.
         stream_window: Chunks of one stream in service at a time.
+        caller: Says whose call is being served, if there are keys; may raise EmbedMeshError.
     """
 
-    def __init__(self, router: Router, *, default_timeout: float, stream_window: int) -> None:
+    def __init__(
+        self,
+        router: Router,
+        *,
+        default_timeout: float,
+        stream_window: int,
+        caller: Callable[[], Tenant | None] = lambda: None,
+    ) -> None:
         self._router = router
         self._default_timeout = default_timeout
         self._stream_window = stream_window
+        self._caller = caller
 
     async def Embed(self, request: gateway_pb2.EmbedRequest, context: _Context) -> gateway_pb2.EmbedResponse:
         """Answer one request."""
         deadline = deadline_of(context, self._default_timeout)
-        return await self._router.embed(request, deadline=deadline, priority=pb.PRIORITY_INTERACTIVE)
+        return await self._router.embed(
+            request, deadline=deadline, priority=pb.PRIORITY_INTERACTIVE, tenant=self._caller()
+        )
 
     async def EmbedStream(
         self, request_iterator: AsyncIterator[gateway_pb2.EmbedStreamRequest], context: _Context
@@ -88,7 +100,13 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             return answer
         try:
             answer.response.CopyFrom(
-                await self._router.embed(message.request, deadline=deadline, priority=pb.PRIORITY_BULK, patient=True)
+                await self._router.embed(
+                    message.request,
+                    deadline=deadline,
+                    priority=pb.PRIORITY_BULK,
+                    patient=True,
+                    tenant=self._caller(),
+                )
             )
         except EmbedMeshError as error:
             answer.error.CopyFrom(to_status(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import urlsplit
 
@@ -59,6 +60,19 @@ class GatewaySettings(NodeSettings):
     )
     image_target: str = Field("", description="gRPC target of the image encoders; empty: no images.")
     audio_target: str = Field("", description="gRPC target of the audio encoders; empty: no audio.")
+    upstream_tls_ca: Path | None = Field(
+        None, description="Authorities of the encoders' certificates, PEM; with it encoders are called by TLS only."
+    )
+    upstream_tls_cert: Path | None = Field(
+        None, description="Certificate to show to encoders, PEM, where they ask for one (their --tls-client-ca)."
+    )
+    upstream_tls_key: Path | None = Field(None, description="Private key of --upstream-tls-cert, PEM, unencrypted.")
+    upstream_tls_name: str = Field(
+        "", description="Name in the encoders' certificates, where it is not the host of the target."
+    )
+    keys_file: Path | None = Field(
+        None, description="TOML file of who may call, hashes of their keys and quotas; without it everybody may."
+    )
     catalog_refresh_seconds: float = Field(10.0, gt=0, description="How often encoders are asked for their models.")
 
     # repr=False: the URL may hold a password.
@@ -86,6 +100,10 @@ class GatewaySettings(NodeSettings):
     def _consistent(self) -> Self:
         if not (self.text_target or self.image_target or self.audio_target):
             raise ValueError("nothing to serve: give --text-target, --image-target or --audio-target")
+        if (self.upstream_tls_cert is None) != (self.upstream_tls_key is None):
+            raise ValueError("--upstream-tls-cert and --upstream-tls-key go together: give both, or none")
+        if self.upstream_tls_ca is None and (self.upstream_tls_cert is not None or self.upstream_tls_name):
+            raise ValueError("TLS to the encoders needs --upstream-tls-ca: the authorities of their certificates")
         return self
 
     @property

@@ -23,8 +23,10 @@ from embedmesh.errors import (
 )
 from embedmesh.v1 import audio_pb2, catalog_pb2, image_pb2, text_pb2
 from embedmesh.v1 import embedding_pb2 as pb
+from embedmesh_server.files import Followed
 from embedmesh_server.interceptor import REQUEST_ID_KEY, request_id
 from embedmesh_server.metrics import GatewayMetrics
+from embedmesh_server.tls import Identity
 
 __all__ = ["MODALITIES", "Answer", "Upstream", "broken", "is_whole"]
 
@@ -64,6 +66,10 @@ _SERVICE_CONFIG: Final = json.dumps(
 )
 
 
+# How long a channel with a new certificate may take to connect before that is told.
+_CONNECT_SECONDS: Final = 10.0
+
+
 class Answer(NamedTuple):
     """What is known of one input: a full-width vector, or an error of this input alone.
 
@@ -96,53 +102,108 @@ class Upstream:
         max_message_bytes: Largest message sent or received.
         longest_call: Seconds that a call without a deadline may take.
         metrics: Counts calls and inputs.
+        tls: What to show, and whom to trust; None calls without TLS.
+        tls_name: Name in the encoders' certificates, where it is not the target's host.
     """
 
     def __init__(
-        self, modality: str, target: str, *, max_message_bytes: int, longest_call: float, metrics: GatewayMetrics
+        self,
+        modality: str,
+        target: str,
+        *,
+        max_message_bytes: int,
+        longest_call: float,
+        metrics: GatewayMetrics,
+        tls: Followed[Identity] | None = None,
+        tls_name: str = "",
     ) -> None:
         self.modality = modality
         self.target = target
         self.max_message_bytes = max_message_bytes
         self._longest_call = longest_call
         self._metrics = metrics
-        method, self._request_type, response_type = _METHODS[modality]
-        self._channel = grpc.aio.insecure_channel(
-            target,
-            options=[
-                ("grpc.service_config", _SERVICE_CONFIG),
-                ("grpc.service_config_disable_resolution", 1),
-                ("grpc.enable_retries", 1),
-                # A request larger than this buffer (256 KiB by default) would silently not be retried.
-                ("grpc.per_rpc_retry_buffer_size", max_message_bytes),
-                ("grpc.max_send_message_length", max_message_bytes),
-                ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1000),
-                # Despite its name, the time a connection attempt may take.
-                ("grpc.min_reconnect_backoff_ms", 2000),
-                # New replicas are looked for when a connection ends, at most this often (30 s by default).
-                ("grpc.dns_min_time_between_resolutions_ms", 2000),
-                # A host that vanished without a word is noticed within 20 s.
-                ("grpc.keepalive_time_ms", 15_000),
-                ("grpc.keepalive_timeout_ms", 5_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.max_pings_without_data", 0),
-                # The inner hop never leaves the cluster, whatever http_proxy says.
-                ("grpc.enable_http_proxy", 0),
-                ("grpc.use_local_subchannel_pool", 1),
-            ],
+        _, self._request_type, _ = _METHODS[modality]
+        self._tls = tls
+        self._options = [
+            ("grpc.service_config", _SERVICE_CONFIG),
+            ("grpc.service_config_disable_resolution", 1),
+            ("grpc.enable_retries", 1),
+            # A request larger than this buffer (256 KiB by default) would silently not be retried.
+            ("grpc.per_rpc_retry_buffer_size", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+            # Despite its name, the time a connection attempt may take.
+            ("grpc.min_reconnect_backoff_ms", 2000),
+            # New replicas are looked for when a connection ends, at most this often (30 s by default).
+            ("grpc.dns_min_time_between_resolutions_ms", 2000),
+            # A host that vanished without a word is noticed within 20 s.
+            ("grpc.keepalive_time_ms", 15_000),
+            ("grpc.keepalive_timeout_ms", 5_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
+            # The inner hop never leaves the cluster, whatever http_proxy says.
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.use_local_subchannel_pool", 1),
+            *([("grpc.ssl_target_name_override", tls_name)] if tls_name else []),
+        ]
+        self._renewal: asyncio.Task[None] | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._take(self._open())
+        if tls is not None:
+            tls.on_change(self._renew)
+
+    def _open(self) -> grpc.aio.Channel:
+        if self._tls is None:
+            return grpc.aio.insecure_channel(self.target, options=self._options)
+        identity = self._tls.value
+        credentials = grpc.ssl_channel_credentials(
+            identity.authorities, identity.key or None, identity.certificate or None
         )
-        self._embed: Any = self._channel.unary_unary(
+        return grpc.aio.secure_channel(self.target, credentials, options=self._options)
+
+    def _take(self, channel: grpc.aio.Channel) -> None:
+        """Send what comes from now on through `channel`."""
+        self._channel = channel
+        method, _, response_type = _METHODS[self.modality]
+        self._embed: Any = channel.unary_unary(
             method,
             request_serializer=self._request_type.SerializeToString,
             response_deserializer=response_type.FromString,
         )
-        self._list: Any = self._channel.unary_unary(
+        self._list: Any = channel.unary_unary(
             _LIST_MODELS,
             request_serializer=catalog_pb2.ListModelsRequest.SerializeToString,
             response_deserializer=catalog_pb2.ListModelsResponse.FromString,
         )
+
+    def _renew(self, _: Identity) -> None:
+        """Put a channel with the new certificate in the place of the old one, whose calls may finish.
+
+        A channel's certificate cannot be changed.
+        """
+        if self._renewal is not None:
+            self._renewal.cancel()
+        self._renewal = asyncio.create_task(self._replace())
+
+    async def _replace(self) -> None:
+        fresh = self._open()
+        try:
+            while not await _connects(fresh, _CONNECT_SECONDS) and self._connected():
+                # What works is not given up for what does not: perhaps the encoders learn of the authority later.
+                _log.error("%s encoders cannot be reached with the new certificate, the old one stays", self.modality)
+        except BaseException:
+            await fresh.close()
+            raise
+        old = self._channel
+        self._take(fresh)
+        closing = asyncio.create_task(old.close(self._longest_call))
+        self._leaving.add(closing)
+        closing.add_done_callback(self._leaving.discard)
+
+    def _connected(self) -> bool:
+        return self._channel.get_state() in (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.IDLE)
 
     def __repr__(self) -> str:
         return f"<Upstream {self.modality} {self.target} {self._channel.get_state().name}>"
@@ -151,18 +212,25 @@ class Upstream:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._renewal is not None:
+            self._renewal.cancel()
+            await asyncio.wait({self._renewal})
+        # Nobody calls any more, so the old ones have nothing to wait for.
+        await asyncio.gather(*self._leaving)
         await self._channel.close()
 
     async def list_models(self, *, within: float) -> list[catalog_pb2.ModelInfo]:
         """Ask one of the encoders what it offers in this modality, waiting at most `within` seconds.
 
         Raises:
-            EmbedMeshError: None answered.
+            EmbedMeshError: None answered; a note says how gRPC puts it.
         """
         try:
             response = await self._list(catalog_pb2.ListModelsRequest(), timeout=within)
         except grpc.aio.AioRpcError as error:
-            raise self._mapped(error) from None
+            mapped = self._mapped(error)
+            mapped.add_note(error.details() or "")
+            raise mapped from None
         number = catalog_pb2.Modality.Value(f"MODALITY_{self.modality.upper()}")
         return [info for info in response.models if info.modality == number]
 
@@ -254,6 +322,16 @@ class Upstream:
                 result.cached = False
                 answers.append(Answer(result, model))
         return answers
+
+
+async def _connects(channel: grpc.aio.Channel, seconds: float) -> bool:
+    """Wait until `channel` is connected, `seconds` at most."""
+    try:
+        async with asyncio.timeout(seconds):
+            await channel.channel_ready()
+    except TimeoutError:
+        return False
+    return True
 
 
 _NO_INFO: Final = catalog_pb2.ModelInfo()

@@ -19,10 +19,12 @@ from embedmesh_gateway.catalog import Catalog
 from embedmesh_gateway.router import Router
 from embedmesh_gateway.service import CatalogServicer, GatewayServicer
 from embedmesh_gateway.settings import GatewaySettings
+from embedmesh_gateway.tenants import Tenants, read_keys
 from embedmesh_gateway.upstream import Upstream
 from embedmesh_gateway.workers import stop_with_parent
-from embedmesh_server import logs
-from embedmesh_server.metrics import GatewayMetrics
+from embedmesh_server import logs, tls
+from embedmesh_server.files import FileError, Files, Followed
+from embedmesh_server.metrics import FileMetrics, GatewayMetrics
 from embedmesh_server.node import BindError, Node, stop_on_signal
 
 __all__ = ["running", "work"]
@@ -41,6 +43,15 @@ async def running(
     can be answered without them, and the rest gets an error that says which encoder is missing.
     """
     metrics = GatewayMetrics(registry)
+    files = Files(FileMetrics(registry))
+    tenants: Tenants | None = None
+    if settings.keys_file is not None:
+        path = settings.keys_file
+        tenants = Tenants(files.follow("keys", [path], lambda: read_keys(path)), metrics)
+    upstream_tls: Followed[tls.Identity] | None = None
+    if settings.upstream_tls_ca is not None:
+        paths = tls.TlsFiles(settings.upstream_tls_cert, settings.upstream_tls_key, settings.upstream_tls_ca)
+        upstream_tls = tls.follow(files, "upstream_tls", paths)
     async with AsyncExitStack() as stack:
         cache = await stack.enter_async_context(
             VectorCache(
@@ -61,11 +72,21 @@ async def running(
                     max_message_bytes=settings.max_message_bytes,
                     longest_call=settings.default_timeout_seconds,
                     metrics=metrics,
+                    tls=upstream_tls,
+                    tls_name=settings.upstream_tls_name,
                 )
             )
             for modality, target in settings.targets.items()
         }
-        node = Node(settings, role="gateway", registry=registry, services=(_GATEWAY, _CATALOG), share_port=share_port)
+        node = Node(
+            settings,
+            role="gateway",
+            registry=registry,
+            services=(_GATEWAY, _CATALOG),
+            authenticate=tenants.authenticate if tenants else None,
+            files=files,
+            share_port=share_port,
+        )
         catalog = Catalog(
             upstreams,
             refresh_seconds=settings.catalog_refresh_seconds,
@@ -83,7 +104,10 @@ async def running(
         )
         gateway_pb2_grpc.add_GatewayServicer_to_server(
             GatewayServicer(
-                router, default_timeout=settings.default_timeout_seconds, stream_window=settings.stream_window
+                router,
+                default_timeout=settings.default_timeout_seconds,
+                stream_window=settings.stream_window,
+                caller=tenants.caller if tenants else lambda: None,
             ),
             node.server,
         )
@@ -109,5 +133,5 @@ def work(settings: GatewaySettings, listening: Connection) -> None:
     logs.configure(settings.log_level, settings.log_format, "gateway")
     try:
         asyncio.run(serve())
-    except BindError as error:
+    except (BindError, FileError) as error:
         sys.exit(f"embedmesh-gateway: {error}")

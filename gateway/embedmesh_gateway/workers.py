@@ -88,20 +88,22 @@ class Workers:
         settings = self._settings
         with _reserved(settings.host, settings.port) as reserved:
             port = reserved.getsockname()[1]
+            http_host = settings.http_host or settings.host
             http = HttpEndpoint(
-                settings.host,
+                http_host,
                 settings.http_port,
                 self._registry,
                 is_alive=lambda: self._all("/healthz"),
                 is_ready=lambda: self._all("/readyz"),
             )
             http.start()
-            grpc_address, http_address = f"{settings.host}:{port}", f"{settings.host}:{http.port}"
+            grpc_address, http_address = f"{settings.host}:{port}", f"{http_host}:{http.port}"
             _log.info("listening", extra={"grpc": grpc_address, "http": http_address, "workers": settings.workers})
             own = settings.model_copy(
                 update={
                     "workers": 1,
                     "port": port,
+                    "http_host": "127.0.0.1",
                     "http_port": 0,
                     "ready_file": None,
                     "cache_memory_bytes": settings.cache_memory_bytes // settings.workers,

@@ -8,8 +8,10 @@
     │   ├── InputTooLarge             over a limit (metadata: limit, actual, unit)
     │   └── UnsupportedOutput         kind, width or dtype not offered (metadata: option)
     ├── ModelNotFound                 no such model or family (metadata: model)
+    ├── Unauthenticated               the mesh knows no such key; never retry
     ├── Retryable                     try again, after `retry_after` seconds when given
     │   ├── Overloaded                the queue is full
+    │   ├── QuotaExceeded             the key has used up what it may use (metadata: quota, limit)
     │   ├── NotReady                  the node loads or drains
     │   └── EncoderUnreachable        no encoder answers the gateway (metadata: modality)
     ├── DeadlineExceeded              the caller's deadline passed
@@ -46,8 +48,10 @@ __all__ = [
     "ModelNotFound",
     "NotReady",
     "Overloaded",
+    "QuotaExceeded",
     "Retryable",
     "ServerFault",
+    "Unauthenticated",
     "UndecodableInput",
     "UnsupportedOutput",
     "from_rpc_error",
@@ -151,6 +155,13 @@ class ModelNotFound(EmbedMeshError):
     reason = "MODEL_NOT_FOUND"
 
 
+class Unauthenticated(EmbedMeshError):
+    """The call brings no key that the mesh knows."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
+
+
 class Retryable(EmbedMeshError):
     """The same call may succeed later."""
 
@@ -162,6 +173,13 @@ class Overloaded(Retryable):
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "OVERLOADED"
+
+
+class QuotaExceeded(Retryable):
+    """The caller's key has used up what it may use; come back after `retry_after` seconds."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "QUOTA_EXCEEDED"
 
 
 class NotReady(Retryable):
@@ -226,7 +244,9 @@ _BY_REASON: dict[str, type[EmbedMeshError]] = {
         InputTooLarge,
         UnsupportedOutput,
         ModelNotFound,
+        Unauthenticated,
         Overloaded,
+        QuotaExceeded,
         NotReady,
         EncoderUnreachable,
         InferenceFailed,
@@ -235,7 +255,7 @@ _BY_REASON: dict[str, type[EmbedMeshError]] = {
 }
 # Errors that gRPC itself raises carry no ErrorInfo: the code decides.
 _BY_CODE: dict[grpc.StatusCode, type[EmbedMeshError]] = {
-    cls.code: cls for cls in (InvalidArgument, ModelNotFound, Retryable, DeadlineExceeded, ServerFault)
+    cls.code: cls for cls in (InvalidArgument, ModelNotFound, Unauthenticated, Retryable, DeadlineExceeded, ServerFault)
 }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Final
 
 import grpc
 from rich.console import Console
@@ -14,6 +16,8 @@ from embedmesh_cli.starter import StarterError, ensure_starter, starter_tower
 
 __all__ = ["FAILED", "UNREACHABLE", "USAGE", "UserError", "command_name", "explain", "starter_model"]
 
+# How gRPC puts it when certificates are the reason.
+_DISTRUST: Final = re.compile("handshake|certificate|verification", re.IGNORECASE)
 FAILED = 1
 USAGE = 2
 UNREACHABLE = 3
@@ -42,6 +46,8 @@ def command_name() -> str:
 def explain(error: EmbedMeshError, address: str) -> UserError:
     """Turn the failure of a whole call into a sentence and a status."""
     unreachable = error.code is grpc.StatusCode.UNAVAILABLE and not error.reason
+    if unreachable and _DISTRUST.search(error.message):
+        return UserError(f"{address} answers, but there is no trust by TLS: {error.message}", UNREACHABLE)
     if unreachable:
         return UserError(
             f"no mesh answers at {address}: start one with `{command_name()} up`, or name yours with --address.",

@@ -17,6 +17,7 @@ from rich.table import Table
 from embedmesh.client import Client
 from embedmesh.errors import EmbedMeshError
 from embedmesh.v1 import embedding_pb2 as pb
+from embedmesh_cli.connection import credentials
 from embedmesh_cli.console import USAGE, UserError, explain
 from embedmesh_cli.export import export
 from embedmesh_cli.home import find_model, model_folders, models_home
@@ -199,10 +200,12 @@ def _local(folders: list[Path]) -> list[_Row]:
 
 def _served(address: str) -> list[_Row]:
     try:
-        with Client(address) as client:
+        with Client(address, **credentials()) as client:
             infos = client.list_models()
     except EmbedMeshError as error:
         raise explain(error, address) from None
+    except ValueError as error:
+        raise UserError(f"{error}.", USAGE) from None
     return [
         _Row(
             info.name,

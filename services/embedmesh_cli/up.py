@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from embedmesh import AsyncClient, EmbedMeshError, ModelInfo
+from embedmesh_cli.connection import credentials
 from embedmesh_cli.console import USAGE, UserError, command_name, starter_model
 from embedmesh_cli.mesh import MODALITIES, Mesh, MeshError, MeshOptions, Role
 
@@ -163,6 +164,7 @@ def up(
     """
     if redis not in {"embedded", "none"} and not redis.startswith(("redis://", "rediss://", "unix://")):
         raise UserError(f"--redis {redis}: say embedded, none, or a URL with redis://, rediss:// or unix://.", USAGE)
+    credentials()  # with which the mesh will be asked what it serves: better told now
     console = Console()
     with ExitStack() as stack:
         named = {"text": text_model or [], "image": image_model or [], "audio": audio_model or []}
@@ -342,9 +344,9 @@ def _spaces(models: list[ModelInfo]) -> str:
 async def served(address: str) -> list[ModelInfo]:
     """The models at an address; none where that cannot be learnt now."""
     try:
-        async with AsyncClient(address, retries=0) as client:
+        async with AsyncClient(address, retries=0, **credentials()) as client:
             return await client.list_models(timeout=5)
-    except EmbedMeshError:
+    except (EmbedMeshError, ValueError):  # a key, for example, that would travel in clear text
         return []
 
 

@@ -44,6 +44,7 @@ from embedmesh_encoder.service import (
 )
 from embedmesh_encoder.settings import EncoderSettings
 from embedmesh_server import logs
+from embedmesh_server.files import FileError
 from embedmesh_server.metrics import EncoderMetrics
 from embedmesh_server.node import BindError, Node, stop_on_signal
 from embedmesh_server.settings import load
@@ -195,7 +196,7 @@ async def _serve(settings: EncoderSettings, models: Models, modality: str) -> tu
     )
     try:
         await node.start()
-    except BindError as error:
+    except (BindError, FileError) as error:
         _log.error("%s", error)
         return _FAILED, False
     # Probes are answered from here on, with NOT_SERVING until the models are warm.

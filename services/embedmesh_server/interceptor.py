@@ -1,4 +1,4 @@
-"""The one boundary between gRPC and our code: errors, metrics, request id, one log line a call."""
+"""The one boundary between gRPC and our code: who calls, errors, metrics, request id, one log line a call."""
 
 from __future__ import annotations
 
@@ -8,21 +8,28 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
 from embedmesh.errors import EmbedMeshError, InternalError, to_status, trailing_metadata
 from embedmesh_server.metrics import ServerMetrics
 
-__all__ = ["REQUEST_ID_KEY", "Boundary", "deadline_of", "request_id"]
+__all__ = ["REQUEST_ID_KEY", "Authenticate", "Boundary", "deadline_of", "request_id"]
 
 REQUEST_ID_KEY = "x-request-id"
 _LONGEST_REQUEST_ID = 128
 # Not ours to count: probes and reflection would drown the calls that matter.
-_QUIET = ("grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
+_HEALTH = "grpc.health.v1.Health"
+_QUIET = (_HEALTH, "grpc.reflection.v1alpha.ServerReflection")
+# A node that refuses most of what comes must not be busy with saying so; the metrics count it.
+_REFUSALS = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAUTHENTICATED)
+
+# Takes the metadata of a call and gives the name of who calls, for the log; raises EmbedMeshError for whom it does not
+# know. Runs in the context of the call, before its first message is read.
+Authenticate: TypeAlias = Callable[[Mapping[str, str | bytes]], str]
 
 _request_id: contextvars.ContextVar[str] = contextvars.ContextVar("embedmesh_request_id", default="")
 _log = logging.getLogger(__name__)
@@ -49,10 +56,15 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     An `EmbedMeshError` ends the call with its status and trailers. Any other exception ends
     it with INTERNAL and a request id: its text goes to the log and never to the caller.
+
+    Args:
+        metrics: Counts and times calls.
+        authenticate: Says who calls, health apart, which anybody may ask for; None lets everybody in.
     """
 
-    def __init__(self, metrics: ServerMetrics) -> None:
+    def __init__(self, metrics: ServerMetrics, authenticate: Authenticate | None = None) -> None:
         self._metrics = metrics
+        self._authenticate = authenticate
 
     async def intercept_service(  # noqa: D102  (described by the base class)
         self,
@@ -61,17 +73,26 @@ class Boundary(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
         service, _, method = handler_call_details.method.lstrip("/").partition("/")
-        if handler is None or service in _QUIET:
+        if handler is None or service == _HEALTH or (service in _QUIET and self._authenticate is None):
             return handler
         metadata = dict(handler_call_details.invocation_metadata or ())
         given = str(metadata.get(REQUEST_ID_KEY, ""))
         call_id = given if 0 < len(given) <= _LONGEST_REQUEST_ID and given.isprintable() else uuid.uuid4().hex
 
+        caller = ""
+        if self._authenticate is not None:
+            try:
+                caller = self._authenticate(metadata)
+            except EmbedMeshError as error:
+                return self._refusal(service, method, call_id, error)
+            if service in _QUIET:
+                return handler
+
         if handler.unary_unary is not None:
             unary: Callable[..., Any] = handler.unary_unary
 
             async def serve_unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-                async with _Call(self._metrics, service, method, call_id, context):
+                async with _Call(self._metrics, service, method, call_id, context, caller=caller):
                     return await unary(request, context)
 
             return grpc.unary_unary_rpc_method_handler(
@@ -83,7 +104,7 @@ class Boundary(grpc.aio.ServerInterceptor):
             async def serve_stream(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
                 # Closed here and not by the garbage collector, so that a stream that is left cleans up at once.
                 async with (
-                    _Call(self._metrics, service, method, call_id, context),
+                    _Call(self._metrics, service, method, call_id, context, caller=caller),
                     aclosing(stream(requests, context)) as responses,
                 ):
                     async for response in responses:
@@ -93,6 +114,17 @@ class Boundary(grpc.aio.ServerInterceptor):
                 serve_stream, handler.request_deserializer, handler.response_serializer
             )
         return handler
+
+    def _refusal(
+        self, service: str, method: str, call_id: str, error: EmbedMeshError
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """End a call with `error`. On the wire a stream of no messages can answer any kind of method."""
+
+        async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            async with _Call(self._metrics, service, method, call_id, context):
+                raise error
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 class _Call:
@@ -105,9 +137,11 @@ class _Call:
         method: str,
         call_id: str,
         context: grpc.aio.ServicerContext[Any, Any],
+        *,
+        caller: str = "",
     ) -> None:
         self._metrics, self._service, self._method = metrics, service, method
-        self._id, self._context = call_id, context
+        self._id, self._context, self._caller = call_id, context, caller
         self._start = 0.0
         # Asked now: a stream's generator may be closed after gRPC has freed the call, when asking its
         # context for peer or deadline crashes the process.
@@ -146,8 +180,7 @@ class _Call:
         self._metrics.in_flight.labels(self._service, self._method).dec()
         self._metrics.requests.labels(self._service, self._method, code.name).inc()
         self._metrics.request_seconds.labels(self._service, self._method).observe(seconds)
-        # A node that refuses most of what comes must not be busy with saying so; the metrics count it.
-        quiet = code in (grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        quiet = code is grpc.StatusCode.OK or code in _REFUSALS
         level = logging.ERROR if code is grpc.StatusCode.INTERNAL else logging.DEBUG if quiet else logging.INFO
         if not _log.isEnabledFor(level):
             return
@@ -158,6 +191,8 @@ class _Call:
             "seconds": round(seconds, 6),
             "peer": self._peer,
         }
+        if self._caller:
+            extra["key"] = self._caller
         if error is not None:
             extra |= {"reason": error.reason, "detail": error.message}
         _log.log(level, "call", extra=extra)

@@ -19,7 +19,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 
-__all__ = ["EncoderMetrics", "GatewayMetrics", "ServerMetrics", "WorkersMetrics"]
+__all__ = ["KEY_OUTCOMES", "EncoderMetrics", "FileMetrics", "GatewayMetrics", "ServerMetrics", "WorkersMetrics"]
 
 # 0.5 ms (a cache hit) to 60 s (the default deadline), two to three steps a decade.
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -27,6 +27,8 @@ SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 INPUTS = tuple(float(2**n) for n in range(11))
 # 16 to 65,536 tokens, patches or frames.
 UNITS = tuple(float(2**n) for n in range(4, 17))
+# Of the inputs of a key.
+KEY_OUTCOMES = ("admitted", "inputs_per_second", "requests_per_second", "inflight_inputs")
 
 
 class ServerMetrics:
@@ -54,6 +56,24 @@ class ServerMetrics:
         )
         self.in_flight = Gauge(
             "embedmesh_requests_in_flight", "Calls being served now.", ["service", "method"], registry=registry
+        )
+
+
+class FileMetrics:
+    """What every process says of the files it follows: tls, upstream_tls, keys."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.reloads = Counter(
+            "embedmesh_file_reloads",
+            "Files read again after a change, by outcome: ok or failed.",
+            ["file", "outcome"],
+            registry=registry,
+        )
+        self.stale = Gauge(
+            "embedmesh_file_stale",
+            "1 while a file holds something that cannot be used, and what it held before is in use.",
+            ["file"],
+            registry=registry,
         )
 
 
@@ -176,6 +196,16 @@ class GatewayMetrics:
         self.refused_inputs = Counter(
             "embedmesh_gateway_refused_inputs", "Inputs refused because the gateway was full.", registry=registry
         )
+        self.key_inputs = Counter(
+            "embedmesh_key_inputs",
+            f"Inputs of the calls of a key, by outcome: {KEY_OUTCOMES[0]}, or the quota that refused them "
+            f"({', '.join(KEY_OUTCOMES[1:])}).",
+            ["key", "outcome"],
+            registry=registry,
+        )
+        self.key_inputs_in_flight = Gauge(
+            "embedmesh_key_inputs_in_flight", "Inputs of a key being served now.", ["key"], registry=registry
+        )
         self.truncated_inputs = Counter(
             "embedmesh_gateway_truncated_inputs",
             "Answered inputs of which a part was not read, cached ones included.",
@@ -188,6 +218,12 @@ class GatewayMetrics:
             ["model", "revision", "space", "modality", "family"],
             registry=registry,
         )
+
+    def forget_key(self, name: str) -> None:
+        """Show no more of a key that is gone."""
+        for outcome in KEY_OUTCOMES:
+            self.key_inputs.remove(name, outcome)
+        self.key_inputs_in_flight.remove(name)
 
 
 class WorkersMetrics:

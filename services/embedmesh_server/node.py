@@ -24,8 +24,10 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
-from embedmesh_server.interceptor import Boundary
-from embedmesh_server.metrics import ServerMetrics
+from embedmesh_server import tls
+from embedmesh_server.files import Files
+from embedmesh_server.interceptor import Authenticate, Boundary
+from embedmesh_server.metrics import FileMetrics, ServerMetrics
 from embedmesh_server.settings import NodeSettings
 
 __all__ = ["BindError", "HttpEndpoint", "Node", "stop_on_signal", "taken", "write_ready_file"]
@@ -74,6 +76,14 @@ class Node:
 
     Add servicers to `server`, then `start()`; health is NOT_SERVING until `set_ready` was
     called for every service named in `services`. `run()` serves until an event, see `stop_on_signal`.
+
+    Args:
+        settings: What it was told.
+        role: Its name in log and metrics.
+        registry: Of its metrics.
+        services: Names of the services that make it ready.
+        authenticate: See `Boundary`.
+        files: Files to follow while it serves, besides its certificate.
     """
 
     def __init__(
@@ -84,12 +94,13 @@ class Node:
         registry: CollectorRegistry,
         services: Sequence[str],
         share_port: bool = False,
+        authenticate: Authenticate | None = None,
+        files: Files | None = None,
     ) -> None:
         self._settings = settings
-        # One of several processes on a port is asked by the one that started it.
-        self._http_host = "127.0.0.1" if share_port else settings.host
         self._role = role
         self._registry = registry
+        self._files = files or Files(FileMetrics(registry))
         self._ready = dict.fromkeys(services, False)
         self._health = HealthServicer()
         self._http: HttpEndpoint | None = None
@@ -102,7 +113,7 @@ class Node:
         size = settings.max_message_bytes
         age_ms = int(settings.max_connection_age_seconds * 1000)
         self.server = grpc.aio.server(
-            interceptors=[Boundary(ServerMetrics(registry, role))],
+            interceptors=[Boundary(ServerMetrics(registry, role), authenticate)],
             options=[
                 ("grpc.max_send_message_length", size),
                 ("grpc.max_receive_message_length", size),
@@ -134,27 +145,46 @@ class Node:
 
         Raises:
             BindError: A port is taken or not allowed.
+            FileError: Certificate, key or authorities cannot be used.
         """
         host, port = self._settings.host, self._settings.port
+        http_host = self._settings.http_host or host
         for service in ("", *self._ready):
             await self._health.set(service, _NOT_SERVING)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        credentials = self._credentials()
         try:
-            bound = self.server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            bound = (
+                self.server.add_secure_port(address, credentials)
+                if credentials
+                else self.server.add_insecure_port(address)
+            )
         except RuntimeError as error:
             raise BindError(taken(host, port, "--port")) from error
         self.grpc_address = f"{host}:{bound}"
         self._http = HttpEndpoint(
-            self._http_host,
+            http_host,
             self._settings.http_port,
             self._registry,
             is_alive=self._is_alive,
             is_ready=lambda: self.is_ready,
         )
-        self.http_address = f"{self._http_host}:{self._http.port}"
+        self.http_address = f"{http_host}:{self._http.port}"
         await self.server.start()
         self._http.start()
         self._spawn(self._beat())
-        _log.info("listening", extra={"grpc": self.grpc_address, "http": self.http_address})
+        self._spawn(self._files.watch())
+        _log.info(
+            "listening",
+            extra={"grpc": self.grpc_address, "http": self.http_address, "tls": credentials is not None},
+        )
+
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        settings = self._settings
+        if settings.tls_cert is None:
+            return None
+        paths = tls.TlsFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+        return tls.server_credentials(tls.follow(self._files, "tls", paths))
 
     def set_ready(self, service: str, ready: bool = True) -> None:
         """Say that one service can be called, or no longer can. The node is ready when all are."""

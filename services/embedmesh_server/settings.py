@@ -17,9 +17,9 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 __all__ = ["NodeSettings", "SettingsError", "load", "read"]
 
@@ -37,6 +37,14 @@ class NodeSettings(BaseModel):
     http_port: int = Field(
         0, ge=0, le=65535, description="Port of /metrics, /healthz and /readyz; 0 takes any free one."
     )
+    http_host: str = Field("", description="Address of the HTTP port where it is not that of the gRPC service.")
+    tls_cert: Path | None = Field(
+        None, description="Certificate to show, with its chain, PEM; with it the gRPC port speaks TLS only."
+    )
+    tls_key: Path | None = Field(None, description="Private key of --tls-cert, PEM, unencrypted.")
+    tls_client_ca: Path | None = Field(
+        None, description="Authorities, PEM; with it callers must show a certificate that one of them vouches for."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least level to log; debug logs a line for every call."
     )
@@ -50,6 +58,14 @@ class NodeSettings(BaseModel):
     ready_file: Path | None = Field(
         None, description="File to write addresses and pid into, as JSON, once the node serves."
     )
+
+    @model_validator(mode="after")
+    def _whole_tls(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key go together: give both, or none")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca asks callers for certificates, which needs --tls-cert and --tls-key")
+        return self
 
 
 S = TypeVar("S", bound=NodeSettings)

@@ -81,7 +81,7 @@ def test_an_error_survives_the_wire(
 
 def test_what_may_be_retried_is_read_from_the_code() -> None:
     retryable = {reason for reason, kind in CLASSES.items() if kind("", retry_after=1).retryable}
-    assert retryable == {"OVERLOADED", "NOT_READY", "ENCODER_UNREACHABLE"}
+    assert retryable == {"OVERLOADED", "QUOTA_EXCEEDED", "NOT_READY", "ENCODER_UNREACHABLE"}
     assert not errors.Overloaded("no pause named").retryable
     assert errors.NotReady("no pause named").retryable
 
@@ -123,7 +123,7 @@ def test_the_reasons_of_others_mean_nothing_here() -> None:
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineExceeded),
         (grpc.StatusCode.INTERNAL, errors.ServerFault),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, EmbedMeshError),
-        (grpc.StatusCode.UNAUTHENTICATED, EmbedMeshError),
+        (grpc.StatusCode.UNAUTHENTICATED, errors.Unauthenticated),
         (grpc.StatusCode.CANCELLED, EmbedMeshError),
     ],
 )

@@ -89,6 +89,11 @@ def test_older_kubernetes_is_refused(helm: Any) -> None:
         (["gateway.autoscaling.kind=vpa"], "gateway.autoscaling.kind must be one of the following"),
         (["monitoring.prometheusRule.latencyTargetSeconds=0"], "Must be greater than 0"),
         # By the templates.
+        (["gateway.settings.keys_file=/k"], "Additional property keys_file is not allowed"),
+        (["gateway.tls.clientCertificates=true", "test.secretName=t"], "set gateway.tls.secretName to a Secret"),
+        (["gateway.keys.secretName=k"], "set test.secretName to a Secret with token"),
+        (["meshTls.gatewaySecretName=g"], "meshTls.gatewaySecretName and meshTls.encoderSecretName go together"),
+        (["gateway.settings.upstream_tls_name=n"], "set meshTls"),
         (["encoders.text=null", "encoders.image=null", "encoders.audio=null"], "there is nothing to serve"),
         (["encoderDefaults.enabled=false"], "encoders: none is enabled"),
         (["redis.existingSecret.name=r"], "a gateway has one cache: add valkey.enabled=false"),

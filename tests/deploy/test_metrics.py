@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from embedmesh_encoder.settings import AudioSettings, ImageSettings, TextSettings
 from embedmesh_gateway.settings import GatewaySettings
-from embedmesh_server.metrics import EncoderMetrics, GatewayMetrics, ServerMetrics, WorkersMetrics
+from embedmesh_server.metrics import EncoderMetrics, FileMetrics, GatewayMetrics, ServerMetrics, WorkersMetrics
 from embedmesh_server.settings import NodeSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +19,7 @@ KINDS: tuple[type[NodeSettings], ...] = (GatewaySettings, TextSettings, ImageSet
 # Flags of helm, kubectl, docker, promtool, k6, Prometheus and Valkey, and of `embedmesh models`, in texts of deploy/.
 OTHERS = {
     *("--set", "--values", "--install", "--namespace", "--strict", "--help", "--address"),
-    *("--from-literal", "--kustomize", "--follow"),
+    *("--from-literal", "--from-file", "--kustomize", "--follow"),
     *("--file", "--target", "--tag", "--build", "--wait"),
     *("--summary-export", "--config", "--storage"),
     *("--bind", "--save", "--appendonly", "--loglevel", "--maxmemory", "--maxmemory-policy", "--protected-mode"),
@@ -33,6 +33,7 @@ def exported() -> dict[str, str]:
     EncoderMetrics(registry)
     GatewayMetrics(registry)
     WorkersMetrics(registry)
+    FileMetrics(registry)
     names: dict[str, str] = {}
     for metric in registry.collect():
         endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(metric.type, ("",))

@@ -1,6 +1,7 @@
 """Every container that the chart renders starts here, passes its own probes, and drains."""
 
 import asyncio
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import redis.asyncio
+import trustme
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(180)]
 
@@ -24,7 +26,7 @@ async def test_containers_start_and_pass_their_probes(
     make_place: Any,
 ) -> None:
     deployments = [each for each in rendered if each["kind"] == "Deployment"]
-    place = make_place({"/models": models, "/content": models, "/compiled": tmp_path / "compiled"})
+    place = make_place({"/models": models, "/content": models, "/compiled": tmp_path / "compiled", **secrets(tmp_path)})
     (tmp_path / "compiled").mkdir()
     containers: dict[str, Any] = {}
     grace: dict[str, float] = {}
@@ -71,6 +73,32 @@ async def test_containers_start_and_pass_their_probes(
     for one in (gateway, *containers.values()):
         for hook in one.spec.get("lifecycle", {}).values():
             assert shutil.which(hook["exec"]["command"][0])
+
+
+def secrets(folder: Path) -> dict[str, Path]:
+    """The Secrets of ci/secured.yaml, as they are mounted; each side of a hop trusts its own authority only."""
+    clients, mesh = trustme.CA(), trustme.CA()
+    leaves = {
+        "clients": (clients, "localhost"),
+        "authorities": (clients, "localhost"),
+        "test": (clients, "test.internal"),
+        "upstream": (mesh, "gateway.internal"),
+        "encoder": (mesh, "localhost"),
+    }
+    mounted: dict[str, Path] = {}
+    for name, (authority, host) in leaves.items():
+        at = mounted[f"/secrets/{name}"] = folder / "secrets" / name
+        at.mkdir(parents=True)
+        leaf = authority.issue_cert(host)
+        (at / "tls.crt").write_bytes(leaf.cert_chain_pems[0].bytes())
+        (at / "tls.key").write_bytes(leaf.private_key_pem.bytes())
+        (at / "ca.crt").write_bytes(authority.cert_pem.bytes())
+    (mounted["/secrets/test"] / "token").write_text("a-token-of-the-test\n")
+    keys = mounted["/secrets/keys"] = folder / "secrets/keys"
+    keys.mkdir()
+    digest = hashlib.sha256(b"a-token-of-the-test").hexdigest()
+    (keys / "keys.toml").write_text(f'[keys.test]\nsha256 = "{digest}"\n')
+    return mounted
 
 
 def learn_hosts(rendered: Any, containers: dict[str, Any], place: Any) -> None:

@@ -192,7 +192,7 @@ class Encoder(
         """Every input ever received."""
         return [item for call in self.calls for item in call.inputs]
 
-    async def start(self, address: str = "127.0.0.1:0") -> None:
+    async def start(self, address: str = "127.0.0.1:0", credentials: grpc.ServerCredentials | None = None) -> None:
         self.server = grpc.aio.server(
             interceptors=[Boundary(ServerMetrics(CollectorRegistry(), "encoder"))], options=[("grpc.so_reuseport", 0)]
         )
@@ -200,7 +200,9 @@ class Encoder(
         image_pb2_grpc.add_ImageEncoderServicer_to_server(self, self.server)
         audio_pb2_grpc.add_AudioEncoderServicer_to_server(self, self.server)
         catalog_pb2_grpc.add_ModelCatalogServicer_to_server(self, self.server)
-        port = self.server.add_insecure_port(address)
+        port = (
+            self.server.add_secure_port(address, credentials) if credentials else self.server.add_insecure_port(address)
+        )
         self.address = f"127.0.0.1:{port}"
         await self.server.start()
 

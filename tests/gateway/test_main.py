@@ -78,6 +78,13 @@ async def test_metrics_are_served(make_encoder: Any, open_mesh: Any) -> None:
         ((), 2, "--text-target"),
         (("--text-target", "x:1", "--redis-url", "ftp://:secret@host", "--prot", "1"), 2, "--redis-url"),
         (("--text-target", "x:1", "--port", "{taken}", "--http-port", "0"), 1, "--port"),
+        (("--text-target", "x:1", "--keys-file", "/none"), 1, "/none cannot be read: No such file or directory"),
+        (("--text-target", "x:1", "--upstream-tls-ca", "/none"), 1, "/none cannot be read"),
+        (
+            ("--text-target", "x:1", "--tls-cert", "/none", "--tls-key", "/none", "--port", "0"),
+            1,
+            "/none cannot be read",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_on_stderr(flags: tuple[str, ...], code: int, words: str) -> None:

@@ -391,7 +391,7 @@ async def test_what_the_gateway_cannot_use_is_computed_anew(open_mesh: Any, valk
 
 
 async def test_who_waits_for_room_gets_in_by_turn() -> None:
-    admission = Admission(10, GatewayMetrics(CollectorRegistry()))
+    admission = Admission(10, lambda n, full, pause: Overloaded(f"{full.inputs} and {n}", retry_after=pause))
     entered: list[int] = []
 
     async def work(n: int, leave: asyncio.Event, *, patient: bool = True) -> None:
@@ -418,7 +418,7 @@ async def test_who_waits_for_room_gets_in_by_turn() -> None:
 
 
 async def test_who_waits_for_room_too_long_is_told() -> None:
-    admission = Admission(10, GatewayMetrics(CollectorRegistry()))
+    admission = Admission(10, lambda n, full, pause: Overloaded(f"{full.inputs} and {n}", retry_after=pause))
     now = asyncio.get_running_loop().time()
     async with admission.hold(10, bulk=False, patient=False, deadline=math.inf):
         with pytest.raises(DeadlineExceeded):
@@ -428,7 +428,7 @@ async def test_who_waits_for_room_too_long_is_told() -> None:
 
 
 async def test_who_leaves_in_the_moment_of_getting_in_leaves_the_room() -> None:
-    admission = Admission(10, GatewayMetrics(CollectorRegistry()))
+    admission = Admission(10, lambda n, full, pause: Overloaded(f"{full.inputs} and {n}", retry_after=pause))
 
     async def wait() -> None:
         async with admission.hold(5, bulk=False, patient=True, deadline=math.inf):

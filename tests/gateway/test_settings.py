@@ -60,3 +60,17 @@ def test_a_missing_target_never_shows_the_password() -> None:
 
 def test_targets_are_those_that_were_given() -> None:
     assert read_settings("--text-target", "a:1", AUDIO_TARGET="b:2").targets == {"text": "a:1", "audio": "b:2"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--upstream-tls-cert", "c"), "--upstream-tls-cert and --upstream-tls-key go together"),
+        (("--upstream-tls-key", "k"), "--upstream-tls-cert and --upstream-tls-key go together"),
+        (("--upstream-tls-cert", "c", "--upstream-tls-key", "k"), "needs --upstream-tls-ca"),
+        (("--upstream-tls-name", "n"), "needs --upstream-tls-ca"),
+    ],
+)
+def test_half_a_tls_is_refused(flags: tuple[str, ...], sentence: str) -> None:
+    with pytest.raises(SettingsError, match=sentence):
+        read_settings("--text-target", "x:1", *flags)

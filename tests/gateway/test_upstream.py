@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import asyncio
+import datetime as dt
 import math
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+import trustme
 from prometheus_client import CollectorRegistry
 
 from embedmesh import vectors
@@ -16,7 +19,9 @@ from embedmesh.errors import DeadlineExceeded, EncoderUnreachable, InferenceFail
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh.v1 import text_pb2
 from embedmesh_gateway.upstream import Upstream
-from embedmesh_server.metrics import GatewayMetrics
+from embedmesh_server.files import Files, Followed
+from embedmesh_server.metrics import FileMetrics, GatewayMetrics
+from embedmesh_server.tls import Identity, TlsFiles, follow
 
 
 @pytest.fixture
@@ -190,3 +195,131 @@ async def test_a_replica_that_stops_under_load_fails_no_call(
 async def test_the_repr_tells_the_state(open_upstream: Any) -> None:
     upstream, _ = open_upstream("ipv4:127.0.0.1:1")
     assert repr(upstream) == "<Upstream text ipv4:127.0.0.1:1 IDLE>"
+
+
+# TLS.
+
+
+@pytest.fixture
+async def tls_encoder(make_encoder: Any, tmp_path: Path) -> AsyncIterator[tuple[Any, trustme.CA]]:
+    """An encoder that speaks TLS as `encoder.internal`, and asks for certificates of the authority."""
+    authority = trustme.CA()
+    leaf = authority.issue_cert("encoder.internal")
+    pair = (leaf.private_key_pem.bytes(), leaf.cert_chain_pems[0].bytes())
+    encoder = make_encoder("text")
+    trusted = authority.cert_pem.bytes()
+    await encoder.start(credentials=grpc.ssl_server_credentials([pair], trusted, require_client_auth=True))
+    yield encoder, authority
+    await encoder.stop()
+
+
+def identity_of(folder: Path, authority: trustme.CA, own: trustme.LeafCert | None) -> Followed[Identity]:
+    (folder / "ca.crt").write_bytes(authority.cert_pem.bytes())
+    if own is not None:
+        (folder / "tls.crt").write_bytes(own.cert_chain_pems[0].bytes())
+        (folder / "tls.key").write_bytes(own.private_key_pem.bytes())
+    pair = (folder / "tls.crt", folder / "tls.key") if own else (None, None)
+    paths = TlsFiles(pair[0], pair[1], folder / "ca.crt")
+    return follow(Files(FileMetrics(CollectorRegistry())), "upstream_tls", paths)
+
+
+async def test_an_encoder_by_mutual_tls(open_upstream: Any, tls_encoder: Any, tmp_path: Path) -> None:
+    encoder, authority = tls_encoder
+    own = authority.issue_cert("gateway.internal")
+    upstream, _ = open_upstream(
+        f"ipv4:{encoder.address}", tls=identity_of(tmp_path, authority, own), tls_name="encoder.internal"
+    )
+    assert len(await embed(upstream, "a")) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ("plain", ""),
+        ("authority", "CERTIFICATE_VERIFY_FAILED"),
+        ("name", "Hostname Verification Check failed"),
+        ("no certificate", ""),
+        ("expired", ""),
+        ("stranger", ""),
+    ],
+)
+async def test_an_encoder_that_is_not_trusted_or_does_not_trust(
+    *, open_upstream: Any, tls_encoder: Any, tmp_path: Path, wrong: str, why: str
+) -> None:
+    encoder, authority = tls_encoder
+    past = dt.datetime.now(dt.UTC) - dt.timedelta(days=1)
+    own = {
+        "no certificate": None,
+        "stranger": trustme.CA().issue_cert("gateway.internal"),
+        "expired": authority.issue_cert("gateway.internal", not_before=past - dt.timedelta(days=1), not_after=past),
+    }.get(wrong, authority.issue_cert("gateway.internal"))
+    identity = identity_of(tmp_path, trustme.CA() if wrong == "authority" else authority, own)
+    upstream, _ = open_upstream(
+        f"ipv4:{encoder.address}",
+        tls=None if wrong == "plain" else identity,
+        tls_name="" if wrong == "name" else "encoder.internal",
+    )
+    with pytest.raises(EncoderUnreachable) as caught:
+        await upstream.list_models(within=20)
+    assert why in " ".join(caught.value.__notes__)
+    assert encoder.calls == []
+
+
+async def test_a_new_certificate_takes_over_without_a_failed_call(
+    open_upstream: Any, tls_encoder: Any, tmp_path: Path
+) -> None:
+    encoder, authority = tls_encoder
+    identity = identity_of(tmp_path, authority, authority.issue_cert("gateway.internal"))
+    upstream, _ = open_upstream(f"ipv4:{encoder.address}", tls=identity, tls_name="encoder.internal")
+    stop = asyncio.Event()
+    calls = 0
+
+    async def load() -> None:
+        nonlocal calls
+        while not stop.is_set():
+            await embed(upstream, f"{calls}")
+            calls += 1
+
+    release = asyncio.Event()
+
+    async def wait(request: Any) -> None:
+        if request.inputs[0].text == "slow":
+            await release.wait()
+
+    encoder.before = wait
+    slow = asyncio.create_task(embed(upstream, "slow"))
+    async with asyncio.TaskGroup() as group:
+        for _ in range(4):
+            group.create_task(load())
+        for _ in range(3):
+            before = upstream._channel
+            identity_of(tmp_path, authority, authority.issue_cert("gateway.internal"))
+            while upstream._channel is before:
+                identity.look()
+                await asyncio.sleep(0.01)
+        stop.set()
+    assert not slow.done()  # through the first channel, which lives as long as it is needed
+    release.set()
+    assert len(await slow) == 1
+    assert calls > 10
+
+
+async def test_a_new_certificate_that_no_encoder_takes_does_not_replace_one_that_works(
+    open_upstream: Any, tls_encoder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, settle: Any
+) -> None:
+    monkeypatch.setattr("embedmesh_gateway.upstream._CONNECT_SECONDS", 0.2)
+    encoder, authority = tls_encoder
+    identity = identity_of(tmp_path, authority, authority.issue_cert("gateway.internal"))
+    upstream, _ = open_upstream(f"ipv4:{encoder.address}", tls=identity, tls_name="encoder.internal")
+    await embed(upstream, "a")
+    identity_of(tmp_path, trustme.CA(), authority.issue_cert("gateway.internal"))
+    identity.look()
+    identity.look()
+    await settle(lambda: "cannot be reached with the new certificate, the old one stays" in caplog.text)
+    assert len(await embed(upstream, "b")) == 1
+    identity_of(tmp_path, authority, authority.issue_cert("gateway.internal"))
+    before = upstream._channel
+    identity.look()
+    identity.look()
+    await settle(lambda: upstream._channel is not before)
+    assert len(await embed(upstream, "c")) == 1

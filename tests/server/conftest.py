@@ -62,8 +62,14 @@ def registry() -> CollectorRegistry:
 
 @pytest.fixture
 def make_node(registry: CollectorRegistry) -> Callable[..., tuple[Node, Echo]]:
-    def make(**settings: Any) -> tuple[Node, Echo]:
-        node = Node(NodeSettings(**settings), role="test", registry=registry, services=[TEXT, GATEWAY])
+    def make(authenticate: Any = None, **settings: Any) -> tuple[Node, Echo]:
+        node = Node(
+            NodeSettings(**settings),
+            role="test",
+            registry=registry,
+            services=[TEXT, GATEWAY],
+            authenticate=authenticate,
+        )
         echo = Echo()
         text_pb2_grpc.add_TextEncoderServicer_to_server(echo, node.server)
         gateway_pb2_grpc.add_GatewayServicer_to_server(Stream(), node.server)

@@ -6,9 +6,11 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from embedmesh.errors import InternalError, Overloaded, from_rpc_error
+from embedmesh.errors import InternalError, Overloaded, Unauthenticated, from_rpc_error
 from embedmesh.v1 import gateway_pb2, gateway_pb2_grpc, text_pb2, text_pb2_grpc
 from embedmesh_server import logs
 
@@ -126,3 +128,43 @@ def test_json_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(first)["time"].endswith("+00:00")
     assert "ValueError: boom" in json.loads(second)["exception"]
     assert third.endswith("gateway call code=OK")
+
+
+def only_ann(metadata: Any) -> str:
+    if metadata.get("name") != "ann":
+        raise Unauthenticated("who are you?")
+    return "ann"
+
+
+async def test_whoever_is_not_known_gets_nothing_but_health(
+    make_node: Any, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "embedmesh_server.interceptor")
+    node, _ = make_node(authenticate=only_ann, drain_seconds=0)
+    async with node, grpc.aio.insecure_channel(node.grpc_address) as channel:
+        # As large as may be: refused before it is read, let alone parsed.
+        request = text_pb2.EmbedTextRequest(inputs=[text_pb2.TextInput(text="x" * 60 * 2**20)])
+        text: Any = text_pb2_grpc.TextEncoderStub(channel)
+        gateway: Any = gateway_pb2_grpc.GatewayStub(channel)
+        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        listing = [reflection_pb2.ServerReflectionRequest(list_services="")]
+        for call in (
+            text.EmbedText(request),
+            gateway.EmbedStream([gateway_pb2.EmbedStreamRequest(sequence=1)]).read(),
+            reflection.ServerReflectionInfo(listing).read(),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert isinstance(from_rpc_error(caught.value), Unauthenticated)
+            assert caught.value.details() == "who are you?"
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status
+        assert registry.get_sample_value("embedmesh_requests_total", LABELS | {"code": "UNAUTHENTICATED"}) == 1
+        # Whoever tries keys cannot fill the log.
+        assert {record.levelno for record in caplog.records if record.getMessage() == "call"} == {logging.DEBUG}
+        caplog.clear()
+        known = (("name", "ann"),)
+        await text.EmbedText(text_pb2.EmbedTextRequest(), metadata=known)
+        assert (await reflection.ServerReflectionInfo(listing, metadata=known).read()).list_services_response
+        (line,) = [record.__dict__ for record in caplog.records if record.getMessage() == "call"]
+        assert (line["key"], line["code"]) == ("ann", "OK")

@@ -208,3 +208,12 @@ def test_metrics_follow_the_conventions(registry: CollectorRegistry) -> None:
     for family in ours:
         assert family.documentation.endswith("."), family.name
         assert not family.name.endswith(("_ms", "_count", "_milliseconds"))
+
+
+async def test_the_http_port_may_have_an_address_of_its_own(make_node: Callable[..., Served]) -> None:
+    node, _ = make_node(http_host="127.0.0.2", drain_seconds=0)
+    async with node:
+        assert node.http_address.startswith("127.0.0.2:")
+        assert (await get(node.http_address, "/healthz"))[0] == 200
+        with pytest.raises(urllib.error.URLError):
+            await get(node.http_address.replace("127.0.0.2", "127.0.0.1"), "/healthz")

@@ -1,13 +1,19 @@
 """What `helm test` runs: every modality that was installed has a ready model, and a text becomes a vector."""
 
+import os
 import sys
 import time
+from pathlib import Path
 
 import embedmesh
 
 address, *modalities = sys.argv[1:]
+given = os.environ
+tls = embedmesh.Tls(given["TLS_CA"], given.get("TLS_CERT"), given.get("TLS_KEY")) if "TLS_CA" in given else False
+token = Path(given["TOKEN_FILE"]).read_text(encoding="utf-8").strip() if "TOKEN_FILE" in given else None
 give_up = time.monotonic() + 300
-with embedmesh.Client(address) as client:
+# Keys without TLS are for clusters that encrypt by other means.
+with embedmesh.Client(address, tls=tls, token=token, allow_insecure_token=True) as client:
     while True:
         try:
             ready = {model.modality: model.name for model in client.list_models(timeout=10) if model.ready}

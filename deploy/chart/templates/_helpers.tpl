@@ -164,6 +164,20 @@ resources:
   {{- toYaml .resources | nindent 2 }}
 {{- end }}
 
+{{- /* A Secret as files, never by subPath, which would not follow its changes: dict name secret */ -}}
+{{- define "embedmesh.secretVolume" -}}
+- name: {{ .name }}
+  secret:
+    secretName: {{ .secret }}
+    defaultMode: 288 # 0440
+    {{- with .items }}
+    items:
+      {{- range . }}
+      - {key: {{ . }}, path: {{ . }}}
+      {{- end }}
+    {{- end }}
+{{- end }}
+
 {{- /* HorizontalPodAutoscaler or ScaledObject: dict root name labels pod queue (whether there is one) */ -}}
 {{- define "embedmesh.autoscaling" -}}
 {{- $scaling := .pod.autoscaling -}}
@@ -266,6 +280,10 @@ spec:
 {{- $encoders := include "embedmesh.encoders" . | fromYaml -}}
 {{- if not $encoders }}{{ fail "encoders: none is enabled, so there is nothing to serve: enable one, for example encoders.text.enabled=true." }}{{ end -}}
 {{- if and .Values.redis.existingSecret.name .Values.valkey.enabled }}{{ fail "redis.existingSecret.name and valkey.enabled are both set, and a gateway has one cache: add valkey.enabled=false to use your Redis." }}{{ end -}}
+{{- if and .Values.gateway.tls.clientCertificates (not .Values.gateway.tls.secretName) }}{{ fail "gateway.tls.clientCertificates asks clients for certificates, which needs TLS: set gateway.tls.secretName to a Secret with tls.crt, tls.key and ca.crt." }}{{ end -}}
+{{- if and (not .Values.test.secretName) (or .Values.gateway.keys.secretName .Values.gateway.tls.clientCertificates) }}{{ fail "the gateway asks for keys or certificates, and `helm test` has none to show: set test.secretName to a Secret with token, tls.crt and tls.key, as far as they are asked for." }}{{ end -}}
+{{- if ne (empty .Values.meshTls.gatewaySecretName) (empty .Values.meshTls.encoderSecretName) }}{{ fail "meshTls.gatewaySecretName and meshTls.encoderSecretName go together: gateways and encoders ask each other for certificates." }}{{ end -}}
+{{- if and (dig "upstream_tls_name" "" .Values.gateway.settings) (not .Values.meshTls.encoderSecretName) }}{{ fail "gateway.settings.upstream_tls_name is the name in the encoders' certificates, and they have none: set meshTls." }}{{ end -}}
 {{- range $name, $pod := merge (dict "gateway" .Values.gateway) $encoders -}}
 {{- $scaling := $pod.autoscaling -}}
 {{- $where := ternary "gateway" (printf "encoders.%s" $name) (eq $name "gateway") -}}

@@ -53,6 +53,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 10
     """INTERNAL. A defect of embedmesh; metadata `request_id`. Do not retry."""
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 11
+    """UNAUTHENTICATED. The call brings no key that the mesh knows. Do not retry."""
+    ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 12
+    """RESOURCE_EXHAUSTED. The caller's key has used up what it may use; metadata `quota`
+    (for example inputs_per_second) and `limit`. RetryInfo says when to come back, and
+    so does the trailer `grpc-retry-pushback-ms` of a call. Retry.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Appears by its name without prefix (for example "OVERLOADED") in the `reason` of
@@ -91,4 +98,11 @@ metadata `request_id`, to be found in the node's log. Do not retry.
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 10
 """INTERNAL. A defect of embedmesh; metadata `request_id`. Do not retry."""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 11
+"""UNAUTHENTICATED. The call brings no key that the mesh knows. Do not retry."""
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 12
+"""RESOURCE_EXHAUSTED. The caller's key has used up what it may use; metadata `quota`
+(for example inputs_per_second) and `limit`. RetryInfo says when to come back, and
+so does the trailer `grpc-retry-pushback-ms` of a call. Retry.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

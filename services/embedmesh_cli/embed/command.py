@@ -17,6 +17,7 @@ from embedmesh.client import Client
 from embedmesh.errors import EmbedMeshError
 from embedmesh.inputs import Input
 from embedmesh.results import EmbedResult, ModelInfo
+from embedmesh_cli.connection import credentials
 from embedmesh_cli.console import FAILED, USAGE, UserError, explain
 from embedmesh_cli.embed.entries import Entry, Source, open_texts
 from embedmesh_cli.embed.media import is_media_file, open_media
@@ -30,6 +31,10 @@ Examples:
   embedmesh embed --file texts.txt --output vectors.npy
   sort -u texts.txt | embedmesh embed --dtype int8 > vectors.jsonl
   embedmesh embed --media photos/ talk.mp3 --output vectors.npy
+
+A mesh with TLS or keys, for this and other commands: EMBEDMESH_TLS_CA names a PEM file of whom to trust,
+EMBEDMESH_TLS_CERT and EMBEDMESH_TLS_KEY those to show where it asks for certificates, EMBEDMESH_TOKEN_FILE a file with
+the key (or EMBEDMESH_TOKEN holds it).
 """
 
 _DEFAULT_ADDRESS = "localhost:50050"
@@ -68,10 +73,15 @@ def embed(
     address: Annotated[
         str, typer.Option(metavar="HOST:PORT", envvar="EMBEDMESH_ADDRESS", help="Where the mesh answers.")
     ] = _DEFAULT_ADDRESS,
-    tls: Annotated[bool, typer.Option("--tls", help="Speak TLS, trusting the system's authorities.")] = False,
+    tls: Annotated[
+        bool,
+        typer.Option(
+            "--tls", help="Speak TLS, trusting the roots that come with gRPC, or those of EMBEDMESH_TLS_CA (see below)."
+        ),
+    ] = False,
     token: Annotated[
         str | None,
-        typer.Option(metavar="TOKEN", envvar="EMBEDMESH_TOKEN", show_envvar=True, help="Bearer token to send."),
+        typer.Option(metavar="TOKEN", help="Key to send, which others can see among the processes: prefer a variable."),
     ] = None,
     model: Annotated[
         str, typer.Option(metavar="NAME", help="Model or family, name@revision to pin it; empty: the default.")
@@ -127,14 +137,15 @@ def embed(
         options["priority"] = priority
     if timeout:
         options["timeout"] = timeout
+    given = credentials(tls=tls, token=token)
     with ExitStack() as stack:
         source = open_media(texts or ()) if media else open_texts(stack, texts or (), file, field)
         run = _Run(source, open_writer(stack, output, with_text=with_text, media=media))
         try:
             # Asked first, and not for long: a missing mesh is told at once, a restart under way is waited out.
-            with Client(address, tls=tls, token=token, retries=1) as probe:
+            with Client(address, retries=1, **given) as probe:
                 models = probe.list_models(timeout=10)
-            client = stack.enter_context(Client(address, tls=tls, token=token))
+            client = stack.enter_context(Client(address, **given))
             status = run(client, models, options)
         except EmbedMeshError as error:
             raise explain(error, address) from None

@@ -18,6 +18,7 @@ from embedmesh.client import Client
 from embedmesh.errors import EmbedErrors, EmbedMeshError
 from embedmesh.inputs import Audio, Image, Role
 from embedmesh.v1 import text_pb2
+from embedmesh_cli.connection import credentials
 from embedmesh_cli.console import FAILED, USAGE, UserError, explain
 from embedmesh_cli.home import find_model
 from embedmesh_cli.local import DEFINITIONS, LocalModel
@@ -92,7 +93,7 @@ class _Served:
     def __init__(self, spec: ModelSpec, address: str) -> None:
         self._spec = spec
         self._address = address
-        self._client = Client(address)
+        self._client = Client(address, **credentials())
         self.revision = ""
 
     def embed(self, items: Sequence[Any], role: str, *, alone: bool) -> Float32:
