@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from embedmesh_gateway.settings import GatewaySettings
 from embedmesh_gateway.wiring import running, work
-from embedmesh_gateway.workers import Workers
+from embedmesh_gateway.workers import WorkerError, Workers
 from embedmesh_server import logs
 from embedmesh_server.files import FileError
 from embedmesh_server.node import BindError, stop_on_signal
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logs.configure(settings.log_level, settings.log_format, "gateway")
     try:
         asyncio.run(_serve(settings))
-    except (BindError, FileError) as error:
+    except (BindError, FileError, WorkerError) as error:
         sys.stderr.write(f"embedmesh-gateway: {error}\n")
         raise SystemExit(1) from None
 

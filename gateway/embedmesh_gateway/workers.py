@@ -30,7 +30,7 @@ from embedmesh_gateway.settings import GatewaySettings
 from embedmesh_server.metrics import WorkersMetrics
 from embedmesh_server.node import BindError, HttpEndpoint, taken, write_ready_file
 
-__all__ = ["Work", "Workers", "stop_with_parent"]
+__all__ = ["Work", "WorkerError", "Workers", "stop_with_parent"]
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +44,10 @@ _SCRAPE_SECONDS: Final = 2.0
 _POLL_SECONDS: Final = 0.1
 # Beyond the time that a worker has to drain.
 _KILL_SECONDS: Final = 5.0
+
+
+class WorkerError(RuntimeError):
+    """Workers cannot start; each has said why."""
 
 
 def stop_with_parent(stop: asyncio.Event) -> None:
@@ -72,6 +76,9 @@ class Workers:
         self._work = work
         # By number: where a worker answers HTTP, None while it does not.
         self._http: dict[int, str | None] = dict.fromkeys(range(settings.workers))
+        # Whether one ever listened: what keeps the first from it would keep every other.
+        self._listened = False
+        self._failed = False
         self._registry = CollectorRegistry()
         self._registry.register(_Merged(self._http))
         self._metrics = WorkersMetrics(self._registry)
@@ -84,6 +91,7 @@ class Workers:
 
         Raises:
             BindError: A port is taken or not allowed.
+            WorkerError: They cannot start.
         """
         settings = self._settings
         with _reserved(settings.host, settings.port) as reserved:
@@ -117,6 +125,8 @@ class Workers:
                         group.create_task(self._keep(number, own, stop))
             finally:
                 await asyncio.to_thread(http.stop)
+            if self._failed:
+                raise WorkerError("no worker could start, the reason is above")
 
     async def _announce(self, stop: asyncio.Event, grpc_address: str, http_address: str) -> None:
         """Say once that all are ready."""
@@ -146,6 +156,10 @@ class Workers:
             self._http[number] = None
             if stop.is_set():
                 return
+            if not self._listened:
+                self._failed = True
+                stop.set()
+                return
             _log.error("a worker ended and is started again", extra={"worker": number, "status": process.exitcode})
             self._metrics.restarts.inc()
             pause = _FIRST_PAUSE if loop.time() - started > _YOUNG else min(2 * pause, _LONGEST_PAUSE)
@@ -154,6 +168,7 @@ class Workers:
     def _on_address(self, number: int, inlet: Connection) -> None:
         try:
             self._http[number] = inlet.recv()
+            self._listened = True
         except (EOFError, OSError):  # it ended before, which is noticed elsewhere
             asyncio.get_running_loop().remove_reader(inlet.fileno())
 

@@ -177,3 +177,14 @@ async def test_a_port_that_somebody_has_is_not_shared(encoder: Any, gateway: Sta
             assert await asyncio.to_thread(second.popen.wait, 20) == 1
             assert "the port is taken by another process" in second.log.read_text()
             assert "Traceback" not in second.log.read_text()
+
+
+async def test_what_no_worker_can_start_with_ends_it(encoder: Any, gateway: Start, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text("[keys.search]\nsha256 = 7\n")
+    node = gateway("--text-target", encoder.address, "--port", "0", "--workers", "2", "--keys-file", str(keys))
+    assert await asyncio.to_thread(node.popen.wait, 20) == 1
+    log = node.log.read_text()
+    assert "keys.toml" in log
+    assert "no worker could start" in log
+    assert "Traceback" not in log
