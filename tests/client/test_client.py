@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,15 @@ async def test_cancelling_a_task_cancels_its_stream(gateway: Any) -> None:
         assert await asyncio.to_thread(gateway.cancelled.wait, 30)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell has what it runs in the background ignore SIGINT, and Python goes by that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("inputs", [["1"], ["1", "2"]])
 def test_an_interrupted_call_is_cancelled(gateway: Any, inputs: list[str]) -> None:
     first = threading.Lock()  # a second signal would end the tests
