@@ -209,11 +209,15 @@ def test_gpus_are_asked_for_by_name(render: Any) -> None:
     assert audio["image"] == "embedmesh-encoder-cpu:0.1.0"
 
 
-def test_the_example_of_the_readme_renders(render: Any, tmp_path: Path) -> None:
-    (values,) = re.findall(r"```yaml\n(.*?)```", (CHART / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "values.yaml").write_text(values)
-    names = {name for name, _, _ in pods(render(tmp_path / "values.yaml"))}
-    assert names == {f"mesh-embedmesh-{role}" for role in ("gateway", "text", "image", "valkey", "test")}
+def test_the_examples_of_the_readme_render(render: Any, tmp_path: Path) -> None:
+    models, tls = re.findall(r"```yaml\n(.*?)```", (CHART / "README.md").read_text(), re.DOTALL)
+    for values, roles in (
+        (models, ("gateway", "text", "image", "valkey", "test")),
+        (tls, ("gateway", "text", "image", "audio", "valkey", "test")),
+    ):
+        (tmp_path / "values.yaml").write_text(values)
+        names = {name for name, _, _ in pods(render(tmp_path / "values.yaml"))}
+        assert names == {f"mesh-embedmesh-{role}" for role in roles}
 
 
 def test_pods_are_restricted(rendered: Any) -> None:
