@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -13,8 +15,19 @@ from rich.console import Console
 
 from embedmesh.errors import EmbedMeshError
 from embedmesh_cli.starter import StarterError, ensure_starter, starter_tower
+from embedmesh_encoder.model import ModelError
 
-__all__ = ["FAILED", "UNREACHABLE", "USAGE", "UserError", "command_name", "explain", "starter_model"]
+__all__ = [
+    "FAILED",
+    "UNREACHABLE",
+    "USAGE",
+    "UserError",
+    "command_name",
+    "explain",
+    "explained",
+    "plain_console",
+    "starter_model",
+]
 
 # How gRPC puts it when certificates are the reason.
 _DISTRUST: Final = re.compile("handshake|certificate|verification", re.IGNORECASE)
@@ -56,6 +69,22 @@ def explain(error: EmbedMeshError, address: str) -> UserError:
     status = UNREACHABLE if error.code is grpc.StatusCode.UNAVAILABLE else FAILED
     pause = f" (try again in {error.retry_after:.1f} s)" if error.retry_after else ""
     return UserError(f"{error.message}{pause} [{error.reason or error.code.name}]", status)
+
+
+def plain_console() -> Console:
+    """Where a command tells what it does; lines are only broken on a terminal."""
+    return Console(width=None if Console().is_terminal else 1000, highlight=False)
+
+
+@contextmanager
+def explained(where: str | Path) -> Iterator[None]:
+    """Turn what is wrong with a model, or with the file `where` unless the error names one, into a sentence."""
+    try:
+        yield
+    except ModelError as error:
+        raise UserError(f"{str(error).strip().rstrip('.')}.") from None  # onnxruntime ends its lines
+    except OSError as error:
+        raise UserError(f"{error.filename or where}: {error.strerror or error}.") from None
 
 
 def starter_model(modality: str, console: Console) -> Path:

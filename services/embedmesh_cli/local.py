@@ -17,13 +17,18 @@ from embedmesh_encoder.backend import create_backend
 from embedmesh_encoder.model import ModelSpec
 from embedmesh_encoder.preparation import Prepared
 
-__all__ = ["DEFINITIONS", "LocalModel", "read_samples"]
+__all__ = ["LocalModel", "contents", "demo_files", "demo_texts", "read_samples"]
 
-DEFINITIONS: Final = Path(__file__).parent / "demo" / "wordnet.tsv"
+_DEMO: Final = Path(__file__).parent / "demo"
 
 
 class LocalModel:
-    """A model with the preparer and the batches of a node that was told nothing else."""
+    """A model with the preparer and the batches of a node that was told nothing else.
+
+    Attributes:
+        preparer: Makes its inputs.
+        backend: Runs its graph.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         """Load it; raises ModelError, and UserError for one that makes no dense vectors."""
@@ -31,18 +36,18 @@ class LocalModel:
 
         if not spec.dimensions:
             raise UserError(f"{spec.name} makes no dense vectors, and only these can be looked at yet.", USAGE)
-        self._preparer = default_preparer(spec)
+        self.preparer = default_preparer(spec)
         self._output = spec.graph.output
         self._units = MODALITIES[spec.modality].defaults(spec).batch_cost
         self._normalized = spec.normalized
-        self._backend = create_backend(spec)
+        self.backend = create_backend(spec)
 
     def batches(self, items: Sequence[Any]) -> Iterator[list[Prepared]]:
         """Prepare items and put them into batches, in order; raises UserError for one that cannot be embedded."""
         batch: list[Prepared] = []
         for number, item in enumerate(items, start=1):
             try:
-                prepared = self._preparer.prepare(item, pb.TRUNCATION_END)
+                prepared = self.preparer.prepare(item, pb.TRUNCATION_END)
             except EmbedMeshError as error:
                 raise UserError(f"sample {number} cannot be embedded: {error.message}.", USAGE) from None
             alike = not batch or batch[0].group == prepared.group
@@ -55,13 +60,27 @@ class LocalModel:
     def embed(self, batch: Sequence[Prepared], *, unit: bool = True) -> NDArray[np.float32]:
         """Give the vectors of one batch: float32 [n, dimensions]; without `unit` normalised only if the model's are."""
         with np.errstate(all="ignore"):  # what is not finite is found later
-            rows = self._preparer.split(self._backend.run(self._preparer.collate(batch), [self._output]), batch)
-            vectors: NDArray[np.float32] = normalized(rows, l2_norms(rows))
-        return vectors if unit or self._normalized else rows
+            rows = self.preparer.split(self.backend.run(self.preparer.collate(batch), [self._output]), batch)
+            return normalized(rows, l2_norms(rows)) if unit or self._normalized else rows
 
     def close(self) -> None:
         """Free what the backend holds."""
-        self._backend.close()
+        self.backend.close()
+
+
+def demo_texts() -> list[str]:
+    """Give the definitions that the demo embeds."""
+    return [line.partition("\t")[2] for line in (_DEMO / "wordnet.tsv").read_text(encoding="utf-8").splitlines()]
+
+
+def demo_files(modality: str) -> list[bytes]:
+    """Give the pictures or the spoken words that the demo embeds."""
+    return contents(_DEMO / {"image": "pictures", "audio": "speech"}[modality])
+
+
+def contents(folder: Path) -> list[bytes]:
+    """Read the files of a folder, in the order of their names."""
+    return [file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()]
 
 
 def read_samples(spec: ModelSpec, path: Path | None) -> list[Any]:
@@ -70,17 +89,12 @@ def read_samples(spec: ModelSpec, path: Path | None) -> list[Any]:
 
     make = MODALITIES[spec.modality].item
     if spec.modality == "text":
-        if path is None:
-            lines = [
-                line.split("\t")[1] for line in DEFINITIONS.read_text(encoding="utf-8").splitlines() if "\t" in line
-            ]
-        else:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path else demo_texts()
         found = [make(line) for line in lines if line.strip()]
     elif path is None:
         raise UserError(f"{spec.name} is for {spec.modality}: name a folder of files with --samples.", USAGE)
     else:
-        found = [make(file.read_bytes()) for file in sorted(path.iterdir()) if file.is_file()]
+        found = [make(content) for content in contents(path)]
     if not found:
         raise UserError(f"{path} holds nothing to measure with.", USAGE)
     return found

@@ -21,9 +21,9 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from embedmesh_cli.console import FAILED, USAGE, UserError
+from embedmesh_cli.console import FAILED, USAGE, UserError, explained, plain_console
 from embedmesh_cli.local import LocalModel, read_samples
-from embedmesh_encoder.model import MANIFEST, ModelError, ModelSpec, load_spec, verify_files, write_manifest
+from embedmesh_encoder.model import MANIFEST, ModelSpec, load_spec, verify_files, write_manifest
 
 __all__ = ["quantize"]
 
@@ -84,11 +84,11 @@ def quantize(
     ] = False,
 ) -> None:
     """Make a variant of a model in a lower precision, and measure how alike its vectors are."""
-    console = Console(width=None if Console().is_terminal else 1000, highlight=False)
+    console = plain_console()
     target = output or folder.with_name(f"{folder.resolve().name}-{precision}")
     if target.exists():
         raise UserError(f"{target} exists: remove it, or name another folder with --output.", USAGE)
-    try:
+    with explained(target):
         spec = load_spec(folder)
         if (spec.backend, spec.precision) != ("onnxruntime", "float32"):
             raise UserError(
@@ -114,10 +114,6 @@ def quantize(
                 )
             made.chmod(0o755)
             made.rename(target)
-    except ModelError as error:
-        raise UserError(f"{error}.") from None
-    except OSError as error:
-        raise UserError(f"{error.filename or target}: {error.strerror or error}.") from None
     console.print(f"Serve it by its name: embedmesh up --{spec.modality}-model {target}", markup=False)
 
 

@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedmesh.v1 import embedding_pb2 as pb
-from embedmesh.vectors import l2_norms, normalized
 from embedmesh_cli.bench.measure import Latencies
-from embedmesh_encoder.backend import Backend, BackendOptions, create_backend
+from embedmesh_cli.local import LocalModel
 from embedmesh_encoder.modalities import MODALITIES
-from embedmesh_encoder.model import ModelSpec, load_spec
+from embedmesh_encoder.model import load_spec
 from embedmesh_encoder.preparation import Prepared
 from embedmesh_encoder.text.preparer import fill_rows
 
@@ -71,26 +70,26 @@ class Pass:
 class Bound:
     """Runs one model on prepared inputs. Its methods block: call them in a thread."""
 
-    def __init__(self, folder: Path, modality: str, *, threads: int = 0) -> None:
+    def __init__(self, folder: Path, modality: str) -> None:
         kind = MODALITIES[modality]
         self._item = kind.item
-        self.spec: ModelSpec = load_spec(folder)
+        self.spec = load_spec(folder)
         settings = kind.defaults(self.spec)
         self.budget = settings.batch_cost
         self._most_items = settings.batch_items
-        self._preparer = kind.preparer(self.spec, settings)
-        self._backend: Backend = create_backend(self.spec, BackendOptions(intra_op_threads=threads))
+        self._model = LocalModel(self.spec)
+        self._preparer = self._model.preparer
 
     @property
     def about(self) -> str:
         """What runs the model."""
-        return f"{self._backend.name}, {self._backend.precision}"
+        return f"{self._model.backend.name}, {self._model.backend.precision}"
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._backend.close()
+        self._model.close()
 
     def prepare(self, inputs: Sequence[Any]) -> list[Prepared]:
         """Make arrays of texts, or of the bytes of pictures or sounds."""
@@ -98,8 +97,7 @@ class Bound:
 
     def vectors(self, batch: Batch) -> NDArray[np.float32]:
         """Embed one batch: float32 [n, d], as the encoder answers."""
-        rows = self._preparer.split(self._backend.run(self._preparer.collate(batch)), batch)
-        return normalized(rows, l2_norms(rows)) if self.spec.normalized else rows
+        return self._model.embed(batch, unit=False)
 
     def best(self, prepared: Batch, seconds: float) -> Pass:
         """The bound: batches within the encoder's budget, chosen with all inputs in sight."""
@@ -114,7 +112,7 @@ class Bound:
         batches = [prepared[i : i + size] for i in range(0, len(prepared), size)]
 
         def run(batch: Batch) -> None:
-            self._backend.run(self._padded(batch))
+            self._model.backend.run(self._padded(batch))
 
         def units(batch: Batch) -> int:
             return len(batch) * max(one.units for one in batch)

@@ -15,6 +15,7 @@ import numpy as np
 
 from embedmesh.v1 import audio_pb2, embedding_pb2, gateway_pb2, image_pb2, text_pb2
 from embedmesh_cli.console import FAILED, USAGE, UserError
+from embedmesh_cli.local import demo_texts
 
 __all__ = ["Cache", "Material", "pictures", "requests", "sounds", "texts", "unseen"]
 
@@ -66,8 +67,7 @@ def texts(file: Path | None, count: int) -> Material:
     elif found := _fortunes():
         source = "Debian's fortunes"
     else:
-        table = (resources.files("embedmesh_cli.demo") / "wordnet.tsv").read_text(encoding="utf-8")
-        found = [line.partition("\t")[2] for line in table.splitlines()]
+        found = demo_texts()
         source = "the demo's WordNet definitions, which are short and alike (Debian's fortunes are not installed)"
     if not found:
         raise UserError(f"--texts {file}: holds no text.", USAGE)

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from embedmesh_cli.bench.load import OK, Calls
 
-__all__ = ["NOBODY", "Latencies", "Measured", "Observer", "Seen", "Spread", "scrape"]
+__all__ = ["NOBODY", "Latencies", "Measured", "Observer", "Seen", "Spread", "family", "scrape"]
 
 PERCENTILES: Final = (50.0, 95.0, 99.0, 99.9)
 REFUSED: Final = "RESOURCE_EXHAUSTED"
@@ -158,7 +158,7 @@ class Observer:
     """Watches the processes and metrics of a mesh.
 
     Args:
-        pids: Process by role, read anew at each window.
+        pids: Process by role, read anew at each window; what it started counts as part of it.
         http: host:port of /metrics by role.
     """
 
@@ -172,12 +172,12 @@ class Observer:
         # Reading the metrics costs the roles a few milliseconds of CPU: done outside the window.
         before = await self._samples()
         await asyncio.sleep(start - loop.time())
-        families = {role: _family(pid) for role, pid in self._pids().items()}
-        begun = {role: _cpu(family) for role, family in families.items()}
+        families = {role: family(pid) for role, pid in self._pids().items()}
+        begun = {role: _cpu(processes) for role, processes in families.items()}
         await asyncio.sleep(end - loop.time())
         use = {
-            role: Use(_cpu(family) - begun[role], sum(process.memory_info().rss for process in family))
-            for role, family in families.items()
+            role: Use(_cpu(processes) - begun[role], sum(process.memory_info().rss for process in processes))
+            for role, processes in families.items()
         }
         after = await self._samples()
         counted = {
@@ -195,14 +195,14 @@ class Observer:
 NOBODY: Final = Observer(dict, {})
 
 
-def _family(pid: int) -> list[psutil.Process]:
-    """A role's process, and its workers where it has some."""
+def family(pid: int) -> list[psutil.Process]:
+    """Give a process and all that it started, and these, such as workers."""
     process = psutil.Process(pid)
-    return [process, *process.children()]
+    return [process, *process.children(recursive=True)]
 
 
-def _cpu(family: Sequence[psutil.Process]) -> float:
-    times = [process.cpu_times() for process in family]
+def _cpu(processes: Sequence[psutil.Process]) -> float:
+    times = [process.cpu_times() for process in processes]
     return float(sum(each.user + each.system for each in times))
 
 

@@ -34,12 +34,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import psutil
 
 from embedmesh import AsyncClient
 from embedmesh_cli.bench.load import Closed, Open
 from embedmesh_cli.bench.material import chunks, json_requests, json_vectors, requests
-from embedmesh_cli.bench.measure import Measured, Observer
+from embedmesh_cli.bench.measure import Measured, Observer, family
 from embedmesh_cli.bench.report import Section, speed_table, tail_table
 from embedmesh_cli.bench.session import BOUND, Plan, Session, Skipped, Target
 from embedmesh_cli.console import USAGE, UserError
@@ -79,24 +78,20 @@ class _Peer:
         observer: Sees its processes.
     """
 
-    def __init__(self, spec: Spec, port: int, process: Process) -> None:
+    def __init__(self, spec: Spec, port: int, pid: int) -> None:
         self.spec = spec
         self.address = f"127.0.0.1:{port}"
-        self.observer = Observer(lambda: {f"pid {each.pid}": each.pid for each in self._tree()}, {})
-        self._process = process
-
-    def _tree(self) -> list[psutil.Process]:
-        root = psutil.Process(self._process.pid)
-        return [root, *root.children(recursive=True)]
+        self.observer = Observer(lambda: {spec.name: pid}, {})
+        self._pid = pid
 
     def pause(self) -> None:
         """Take the processor away from it."""
-        for each in self._tree():
+        for each in family(self._pid):
             each.suspend()
 
     def resume(self) -> None:
         """Give it back."""
-        for each in reversed(self._tree()):
+        for each in reversed(family(self._pid)):
             each.resume()
 
     async def vectors(self, texts: Sequence[str]) -> Any:
@@ -228,7 +223,8 @@ async def _running(session: Session, spec: Spec, folder: Path, model: Path) -> A
         except MeshError as error:
             raise UserError(str(error)) from None
         try:
-            yield _Peer(spec, port, process)
+            assert process.pid is not None  # noqa: S101  (it has just answered)
+            yield _Peer(spec, port, process.pid)
         finally:
             await process.stop(10.0)
 

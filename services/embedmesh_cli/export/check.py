@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedmesh_cli.console import UserError
-from embedmesh_cli.local import DEFINITIONS, LocalModel
+from embedmesh_cli.local import LocalModel, demo_files, demo_texts
 from embedmesh_encoder.modalities import MODALITIES
 from embedmesh_encoder.model import ModelSpec
 from embedmesh_encoder.preparation import Prepared
@@ -24,7 +24,6 @@ Reference = Callable[[ModelSpec, Prepared], Float32]
 LEAST_COSINE: Final = 0.9999
 # Of an element of a normalised vector, alone and in company.
 MOST_COMPANY: Final = 1e-5
-_FILES: Final = {"image": "pictures", "audio": "speech"}
 _MOST_FILES: Final = 6
 
 
@@ -87,13 +86,12 @@ def _samples(spec: ModelSpec) -> Sequence[Any]:
     make = MODALITIES[spec.modality].item
     if spec.modality == "text":
         return [make(text) for text in _texts()]
-    folder = DEFINITIONS.parent / _FILES[spec.modality]
-    return [make(file.read_bytes()) for file in sorted(folder.iterdir()) if file.is_file()][:_MOST_FILES]
+    return [make(content) for content in demo_files(spec.modality)[:_MOST_FILES]]
 
 
 def _texts() -> list[str]:
     """Give texts from a letter to some five hundred tokens, short and long ones in turn."""
-    lines = [line.split("\t")[1] for line in DEFINITIONS.read_text(encoding="utf-8").splitlines() if "\t" in line]
+    lines = demo_texts()
     lengths = (1, 40, 1, 3, 1, 15, 1, 7, 2)
     return [
         "a",

@@ -7,10 +7,9 @@ from enum import StrEnum
 from typing import Annotated, cast
 
 import typer
-from rich.console import Console
 
-from embedmesh_cli.console import USAGE, UserError
-from embedmesh_cli.pull.command import explained, say_how_to_serve
+from embedmesh_cli.console import USAGE, UserError, explained, plain_console
+from embedmesh_cli.pull.command import say_how_to_serve
 from embedmesh_cli.pull.options import (
     CacheDir,
     Endpoint,
@@ -73,7 +72,7 @@ def export(
     from embedmesh_cli.pull.recipe import Wishes  # noqa: PLC0415
     from embedmesh_cli.pull.repository import open_repository  # noqa: PLC0415
 
-    console = Console(width=None if Console().is_terminal else 1000, highlight=False)
+    console = plain_console()
     repository = open_repository(source, endpoint=endpoint, cache=cache_dir, offline=offline)
     wishes = Wishes(None, tuple(cast("list[Pooling]", pooling or [])), normalize, max_units)
     with explained(source):

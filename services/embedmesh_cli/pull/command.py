@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Annotated, cast
 
 import typer
 from rich.console import Console
 
-from embedmesh_cli.console import UserError, command_name
+from embedmesh_cli.console import command_name, explained, plain_console
 from embedmesh_cli.pull.options import (
     CacheDir,
     Endpoint,
@@ -22,10 +21,10 @@ from embedmesh_cli.pull.options import (
     Replace,
     Source,
 )
-from embedmesh_encoder.model import ModelError, ModelSpec
+from embedmesh_encoder.model import ModelSpec
 from embedmesh_encoder.pooling import Pooling
 
-__all__ = ["explained", "pull", "say_how_to_serve"]
+__all__ = ["pull", "say_how_to_serve"]
 
 
 def pull(
@@ -55,7 +54,7 @@ def pull(
     from embedmesh_cli.pull.recipe import Wishes  # noqa: PLC0415
     from embedmesh_cli.pull.repository import open_repository  # noqa: PLC0415
 
-    console = Console(width=None if Console().is_terminal else 1000, highlight=False)
+    console = plain_console()
     repository = open_repository(source, endpoint=endpoint, cache=cache_dir, offline=offline)
     wishes = Wishes(file, tuple(cast("list[Pooling]", pooling or [])), normalize, max_units)
     with explained(source):
@@ -63,17 +62,6 @@ def pull(
             repository, wishes, name=name or repository.name, output=output, replace=replace, console=console
         )
     say_how_to_serve(specs, console)
-
-
-@contextmanager
-def explained(source: str) -> Iterator[None]:
-    """Turn the failures of making a model of `source` into a sentence."""
-    try:
-        yield
-    except ModelError as error:
-        raise UserError(f"{str(error).strip().rstrip('.')}.") from None  # onnxruntime ends its lines
-    except OSError as error:
-        raise UserError(f"{error.filename or source}: {error.strerror or error}.") from None
 
 
 def say_how_to_serve(specs: Sequence[ModelSpec], console: Console) -> None:

@@ -12,16 +12,15 @@ from typing import Annotated, Any, Final, Protocol
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
 
 from embedmesh.client import Client
 from embedmesh.errors import EmbedErrors, EmbedMeshError
 from embedmesh.inputs import Audio, Image, Role
 from embedmesh.v1 import text_pb2
 from embedmesh_cli.connection import credentials
-from embedmesh_cli.console import FAILED, USAGE, UserError, explain
+from embedmesh_cli.console import FAILED, USAGE, UserError, explain, explained, plain_console
 from embedmesh_cli.home import find_model
-from embedmesh_cli.local import DEFINITIONS, LocalModel
+from embedmesh_cli.local import LocalModel, contents, demo_files, demo_texts
 from embedmesh_cli.verify.reference import Reference, load_reference
 from embedmesh_encoder.model import ModelError, ModelSpec, verify_files
 
@@ -34,7 +33,7 @@ _COMPANY: Final = 1e-5
 _NORMS: Final = 1e-3
 _SHOWN: Final = 60
 _SECONDS: Final = 600.0
-_DEMO: Final = DEFINITIONS.parent
+_MOST_FILES: Final = 24
 _ROLES: Final = {
     "none": text_pb2.TEXT_ROLE_UNSPECIFIED,
     "query": text_pb2.TEXT_ROLE_QUERY,
@@ -196,7 +195,7 @@ def verify(
         report.problems.append(str(error))
     # A model with other files than those that it was made of is not worth a look.
     if not report.problems:
-        try:
+        with explained(samples or spec.folder):
             original = None if no_reference else load_reference(spec, reference)
             items = _items(spec, samples)
             subject: _Subject = _Served(spec, address) if address else _Local(spec)
@@ -208,10 +207,6 @@ def verify(
                 if spec.modality == "text" and 0 < original.longest < spec.max_input_units:
                     report.problems.append(f"reads {spec.max_input_units} tokens, the reference {original.longest}")
                 _hold_against(original, report, items, vectors, _Limits(min_cosine, worst))
-        except ModelError as error:
-            raise UserError(f"{error}.") from None
-        except OSError as error:
-            raise UserError(f"{error.filename or samples}: {error.strerror or error}.") from None
     if as_json:
         sys.stdout.write(json.dumps({"verified": not report.problems, **asdict(report)}) + "\n")
     else:
@@ -225,9 +220,10 @@ def _items(spec: ModelSpec, path: Path | None) -> list[Any]:
     if spec.modality == "text":
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path else _texts()
         found: list[Any] = [line for line in lines if line.strip()]
+    elif path:
+        found = contents(path)
     else:
-        folder = path or _DEMO / {"image": "pictures", "audio": "speech"}[spec.modality]
-        found = [file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()][: None if path else 24]
+        found = demo_files(spec.modality)[:_MOST_FILES]
     if not found:
         raise UserError(f"{path} holds nothing to verify with.", USAGE)
     return found
@@ -235,7 +231,7 @@ def _items(spec: ModelSpec, path: Path | None) -> list[Any]:
 
 def _texts() -> list[str]:
     """Give texts from a word to more than any usual model reads."""
-    lines = [line.split("\t")[1] for line in DEFINITIONS.read_text(encoding="utf-8").splitlines() if "\t" in line]
+    lines = demo_texts()
     joined = [" ".join(lines[start : start + count]) for start, count in ((10, 3), (20, 7), (40, 15), (60, 40))]
     others = ["a", "Straße, naïve café", "東京は日本の首都です。", "ПРИВЕТ, мир!", "don't   stop\t🙂 (v2.0)"]
     return [*lines[::25], *others, *joined]
@@ -322,4 +318,4 @@ def _print(report: _Report, min_cosine: float) -> None:
         lines += [f"           {cosine:.7f}  {name}" for cosine, name in one.worst]
     lines.append("verified" if not report.problems else "NOT VERIFIED")
     lines += [f"  - {problem}" for problem in report.problems]
-    Console(width=None if Console().is_terminal else 1000, highlight=False).print("\n".join(lines), markup=False)
+    plain_console().print("\n".join(lines), markup=False)
