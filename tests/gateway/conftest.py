@@ -337,6 +337,15 @@ def make_encoder() -> Callable[..., Encoder]:
 
 
 @pytest.fixture
+async def encoder(make_encoder: Callable[..., Encoder]) -> AsyncIterator[Encoder]:
+    """One for text that answers."""
+    encoder = make_encoder("text")
+    await encoder.start()
+    yield encoder
+    await encoder.stop()
+
+
+@pytest.fixture
 def open_mesh() -> Callable[..., Any]:
     @asynccontextmanager
     async def opened(

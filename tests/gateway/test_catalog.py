@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from embedmesh.v1 import catalog_pb2
@@ -27,14 +25,6 @@ async def until(mesh: Any, models: dict[str, bool]) -> None:
     async with asyncio.timeout(20):
         while await listed(mesh) != models:
             await asyncio.sleep(0.01)
-
-
-@pytest.fixture
-async def encoder(make_encoder: Any) -> AsyncIterator[Any]:
-    encoder = make_encoder("text")
-    await encoder.start()
-    yield encoder
-    await encoder.stop()
 
 
 async def test_the_gateway_lists_the_models_of_all_its_encoders(open_mesh: Any, make_encoder: Any) -> None:

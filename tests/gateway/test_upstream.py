@@ -50,14 +50,6 @@ async def embed(upstream: Upstream, *texts: str, seconds: float = 20.0) -> Any:
     )
 
 
-@pytest.fixture
-async def encoder(make_encoder: Any) -> AsyncIterator[Any]:
-    encoder = make_encoder("text")
-    await encoder.start()
-    yield encoder
-    await encoder.stop()
-
-
 async def test_a_call_carries_options_and_answers_in_order(open_upstream: Any, encoder: Any) -> None:
     upstream, registry = open_upstream(encoder.address)
     answers = await embed(upstream, "a", "[[bad]]", "b")

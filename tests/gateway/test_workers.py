@@ -10,7 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,6 @@ def gateway(tmp_path: Path) -> Iterator[Start]:
     for each in started:
         each.popen.kill()
         each.popen.wait()
-
-
-@pytest.fixture
-async def encoder(make_encoder: Any) -> AsyncIterator[Any]:
-    encoder = make_encoder("text")
-    await encoder.start()
-    yield encoder
-    await encoder.stop()
 
 
 async def embed(address: str, text: str) -> gateway_pb2.EmbedResponse:

@@ -1,6 +1,7 @@
 """A whole mesh of real processes, and a load that notices every failed call."""
 
 import asyncio
+import sys
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -14,6 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from embedmesh.v1 import gateway_pb2, gateway_pb2_grpc
+from embedmesh_cli.__main__ import main
 from embedmesh_cli.mesh import Mesh, MeshOptions
 from embedmesh_encoder.backend.fake import write_model
 
@@ -133,3 +135,37 @@ def start_mesh(fake_model: Path) -> Any:
             yield mesh
 
     return start
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run the command in this process; gives its status."""
+
+    def run(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["embedmesh", *map(str, words)])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[[Any], None]:
+    """Give a torch model weights that keep the size of what passes through it, so that texts can be told apart."""
+
+    def randomise(model: Any) -> None:
+        import torch
+
+        torch.manual_seed(20261125)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.ndim > 1:
+                    table = "embed" in name.lower() or "shared" in name
+                    weight.normal_(0, 1.0 if table else weight[0].numel() ** -0.5)
+                else:
+                    weight.add_(0.1 * torch.randn_like(weight))
+
+    return randomise

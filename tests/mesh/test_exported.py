@@ -9,7 +9,6 @@ import dataclasses
 import io
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from PIL import Image
 
 import embedmesh
 from embedmesh.v1 import embedding_pb2 as pb
-from embedmesh_cli.__main__ import main
-from embedmesh_cli.local import DEFINITIONS, LocalModel
+from embedmesh_cli.local import LocalModel, demo_files
 from embedmesh_cli.starter import cache_folder
 from embedmesh_cli.starter.minilm import original_model
 from embedmesh_encoder.backend import create_backend
@@ -34,7 +32,6 @@ from embedmesh_encoder.text import TextItem, TextPreparer
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
 
 Float32 = NDArray[np.float32]
-DEMO = DEFINITIONS.parent
 README = Path(__file__).parents[2] / "services" / "README.md"
 LEAST_COSINE = 0.9999
 MOST_COMPANY = 1e-5
@@ -145,26 +142,13 @@ FAMILIES = {
 }
 
 
-def randomise(model: Any) -> None:
-    """Give weights that keep the size of what passes through them, so that texts can be told apart."""
-    import torch
-
-    torch.manual_seed(20261125)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1:
-                weight.normal_(0, 1.0 if "embed" in name.lower() or "shared" in name else weight[0].numel() ** -0.5)
-            else:
-                weight.add_(0.1 * torch.randn_like(weight))
-
-
 @pytest.fixture(scope="session")
 def tokenizer() -> Path:
     """A real tokenizer, that of all-MiniLM-L6-v2."""
     return original_model(cache_folder() / "peers", lambda line: None) / "tokenizer.json"
 
 
-def save(family: Family, tokenizer: Path, folder: Path) -> None:
+def save(randomise: Any, family: Family, tokenizer: Path, folder: Path) -> None:
     """Save a repository of a family, by the library itself."""
     import transformers  # type: ignore[import-not-found]
     from sentence_transformers import SentenceTransformer, models  # type: ignore[import-not-found]
@@ -192,19 +176,9 @@ def save(family: Family, tokenizer: Path, folder: Path) -> None:
 
 
 @pytest.fixture
-def bert(tokenizer: Path, tmp_path: Path) -> Path:
-    save(FAMILIES["bert"], tokenizer, tmp_path / "small")
+def bert(randomise: Any, tokenizer: Path, tmp_path: Path) -> Path:
+    save(randomise, FAMILIES["bert"], tokenizer, tmp_path / "small")
     return tmp_path / "small"
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """Run the command in this process."""
-    monkeypatch.setattr(sys, "argv", ["embedmesh", *map(str, words)])
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture
@@ -291,12 +265,13 @@ def keep(table: str, rows: Sequence[Found]) -> None:
 
 
 async def test_text_families(
+    run: Callable[..., int], randomise: Any,
     start_mesh: Any, tokenizer: Path, texts: list[str], home: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     for name, family in FAMILIES.items():
-        save(family, tokenizer, tmp_path / name)
-        assert run(monkeypatch, "models", "export", tmp_path / name) == 0, (name, capfd.readouterr())
+        save(randomise, family, tokenizer, tmp_path / name)
+        assert run("models", "export", tmp_path / name) == 0, (name, capfd.readouterr())
         assert "As torch: worst cosine 0.99999" in (said := capfd.readouterr().out) or "cosine 1.0000" in said, said
     rows, problems = [], []
     models = tuple(home / name for name in FAMILIES)
@@ -324,23 +299,24 @@ async def test_text_families(
 
 
 def test_from_a_hub_and_verified(
+    run: Callable[..., int],
     bert: Path, hub: Any, hub_repository: Any, tmp_path: Path, home: Path,
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     (bert / "pytorch_model.bin").write_bytes(b"\x80")
     (bert / "model.py").write_text("raise SystemExit")
     files = {path.relative_to(bert).as_posix(): path.read_bytes() for path in bert.rglob("*") if path.is_file()}
     hub.repositories["org/small"] = hub_repository(files)
     words = ("org/small@main", "--endpoint", hub.endpoint, "--cache-dir", tmp_path / "hub")
-    assert run(monkeypatch, "models", "pull", *words) == 1
+    assert run("models", "pull", *words) == 1
     assert "models export org/small@main` makes one of its weights" in capfd.readouterr().err
-    assert run(monkeypatch, "models", "export", *words) == 0, capfd.readouterr()
+    assert run("models", "export", *words) == 0, capfd.readouterr()
     fetched = set(hub.downloads())
     assert {name for name in files if name.startswith("model-")} < fetched
     assert not {"pytorch_model.bin", "model.py"} & fetched
-    assert run(monkeypatch, "models", "verify", "org/small", "--reference", bert) == 0, capfd.readouterr()
+    assert run("models", "verify", "org/small", "--reference", bert) == 0, capfd.readouterr()
     # A second time it is the same model, and nothing is in the way.
-    assert run(monkeypatch, "models", "export", *words, "--offline") == 0, capfd.readouterr()
+    assert run("models", "export", *words, "--offline") == 0, capfd.readouterr()
     assert [path.name for path in home.iterdir()] == ["org--small"]
 
 
@@ -454,7 +430,7 @@ TOWERS = {
 }
 
 
-def save_tower(tower: Tower, tokenizer: Path, folder: Path) -> Any:
+def save_tower(randomise: Any, tower: Tower, tokenizer: Path, folder: Path) -> Any:
     """Save a repository, and give the torch model."""
     import transformers
 
@@ -512,14 +488,14 @@ def inputs_of(modality: str, folder: Path, tower: Tower, texts: list[str]) -> tu
     """Give inputs, and what makes features of one."""
     if modality == "text":
         return texts, text_inputs(folder, tower)
-    demo = {"image": "pictures", "audio": "speech"}[modality]
-    contents = [file.read_bytes() for file in sorted((DEMO / demo).iterdir()) if file.is_file()][:12]
+    contents = demo_files(modality)[:12]
     return contents, image_inputs(folder) if modality == "image" else audio_inputs(folder)
 
 
 async def test_towers(
+    run: Callable[..., int], randomise: Any,
     start_mesh: Any, tokenizer: Path, texts: list[str], home: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     import torch
 
@@ -528,8 +504,8 @@ async def test_towers(
     specs: dict[str, list[ModelSpec]] = {}
     models = {}
     for name, tower in TOWERS.items():
-        models[name] = save_tower(tower, tokenizer, tmp_path / name)
-        assert run(monkeypatch, "models", "export", tmp_path / name, *tower.options) == 0, (name, capfd.readouterr())
+        models[name] = save_tower(randomise, tower, tokenizer, tmp_path / name)
+        assert run("models", "export", tmp_path / name, *tower.options) == 0, (name, capfd.readouterr())
         specs[name] = [load_spec(path) for path in sorted(home.iterdir()) if path.name.split("-")[0] == name]
     by_modality = {
         modality: tuple(spec.folder for each in specs.values() for spec in each if spec.modality == modality)
@@ -633,12 +609,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(
-    case: str, bert: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_refused(run: Callable[..., int], case: str, bert: Path, home: Path, capfd: pytest.CaptureFixture[str]) -> None:
     spoil, sentence = REFUSED[case]
     spoil(bert)
-    assert run(monkeypatch, "models", "export", bert) != 0
+    assert run("models", "export", bert) != 0
     assert sentence in capfd.readouterr().err
     assert not list(home.glob("*"))
 
@@ -654,32 +628,43 @@ def test_refused(
     ],
 )
 def test_a_broken_export_is_refused(
+    run: Callable[..., int],
     spoil: str, sentence: str, bert: Path, home: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(spoil, {"_FAR": 0.0, "LEAST_COSINE": 1.1, "MOST_COMPANY": -1.0}[spoil.rpartition(".")[2]])
-    assert run(monkeypatch, "models", "export", bert) == 1
+    assert run("models", "export", bert) == 1
     assert sentence in capfd.readouterr().err
     assert not list(home.glob("*"))
 
 
 def test_a_family_that_cannot_be_packed_is_not(
-    tokenizer: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run: Callable[..., int],
+    randomise: Any,
+    tokenizer: Path,
+    home: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    save(FAMILIES["deberta"], tokenizer, tmp_path / "small")
-    assert run(monkeypatch, "models", "export", tmp_path / "small", "--layout", "packed") == 2
+    save(randomise, FAMILIES["deberta"], tokenizer, tmp_path / "small")
+    assert run("models", "export", tmp_path / "small", "--layout", "packed") == 2
     assert "small is a deberta-v2, which cannot be packed" in capfd.readouterr().err
 
 
 def test_layouts_and_large_weights_give_the_same_space(
-    bert: Path, texts: list[str], home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run: Callable[..., int],
+    bert: Path,
+    texts: list[str],
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     (bert / "modules.json").unlink()
     words = ("models", "export", bert, "--pooling", "cls", "--pooling", "max", "--normalize")
-    assert run(monkeypatch, *words, "--layout", "padded", "--name", "padded") == 0, capfd.readouterr()
+    assert run(*words, "--layout", "padded", "--name", "padded") == 0, capfd.readouterr()
     monkeypatch.setattr("embedmesh_cli.export.graph._LARGE", 1000)
     change(bert / "config.json", auto_map={"AutoModel": "modeling.Other"})
-    assert run(monkeypatch, *words, "--library-code", "--name", "packed") == 0, capfd.readouterr()
+    assert run(*words, "--library-code", "--name", "packed") == 0, capfd.readouterr()
     padded, packed = load_spec(home / "padded"), load_spec(home / "packed")
     assert (padded.graph.layout, padded.graph.pooling) == ("padded", ("cls", "max"))
     assert (packed.graph.layout, packed.graph.pooling) == ("packed", "graph")

@@ -21,7 +21,6 @@ import pytest
 from numpy.typing import NDArray
 
 import embedmesh
-from embedmesh_cli.__main__ import main
 from embedmesh_cli.starter import cache_folder
 from embedmesh_cli.starter.minilm import original_model
 from embedmesh_encoder.model import load_spec
@@ -122,19 +121,6 @@ FAMILIES = {
 }
 
 
-def randomise(model: Any) -> None:
-    """Give weights that keep the size of what passes through them, so that texts can be told apart."""
-    import torch
-
-    torch.manual_seed(20261125)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1:
-                weight.normal_(0, 1.0 if "embed" in name.lower() or "shared" in name else weight[0].numel() ** -0.5)
-            else:
-                weight.add_(0.1 * torch.randn_like(weight))
-
-
 def export(model: Any, inputs: tuple[str, ...], path: Path) -> None:
     """Write the graph of a torch model that gives `last_hidden_state`."""
     import torch
@@ -165,7 +151,7 @@ def export(model: Any, inputs: tuple[str, ...], path: Path) -> None:
     )
 
 
-def save(family: Family, tokenizer: Path, folder: Path) -> None:
+def save(randomise: Any, family: Family, tokenizer: Path, folder: Path) -> None:
     """Save a repository of a family, by the library itself."""
     import transformers  # type: ignore[import-not-found]
     from sentence_transformers import SentenceTransformer, models  # type: ignore[import-not-found]
@@ -194,16 +180,6 @@ def save(family: Family, tokenizer: Path, folder: Path) -> None:
     )
     whole.save(str(folder))
     (raw / "onnx").rename(folder / "onnx")
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """Run the command in this process."""
-    monkeypatch.setattr(sys, "argv", ["embedmesh", *map(str, words)])
-    try:
-        main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture
@@ -236,6 +212,7 @@ def likeness(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> tuple[fl
 
 
 async def test_the_genuine_model_from_hub_to_vector(
+    run: Callable[..., int],
     start_mesh: Any, hub: Any, hub_repository: Any, minilm: Path, texts: list[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -246,7 +223,7 @@ async def test_the_genuine_model_from_hub_to_vector(
     files = content(minilm) | {"onnx/model.onnx": (tmp_path / "onnx" / "model.onnx").read_bytes()}
     hub.repositories[name] = hub_repository(files)
     monkeypatch.setenv("EMBEDMESH_CACHE_DIR", str(tmp_path / "cache"))
-    assert run(monkeypatch, "models", "pull", name, "--endpoint", hub.endpoint, "--cache-dir", tmp_path / "hub") == 0
+    assert run("models", "pull", name, "--endpoint", hub.endpoint, "--cache-dir", tmp_path / "hub") == 0
     assert "model.safetensors" not in hub.downloads()
     folder = tmp_path / "cache" / "models" / name.replace("/", "--")
     assert load_spec(folder).max_input_units == 256
@@ -260,25 +237,26 @@ async def test_the_genuine_model_from_hub_to_vector(
         assert alike < 1
         capfd.readouterr()
         words = ("models", "verify", name, "--reference", minilm)
-        assert await asyncio.to_thread(run, monkeypatch, *words, "--address", mesh.address, "--json") == 0
+        assert await asyncio.to_thread(run, *words, "--address", mesh.address, "--json") == 0
         served = json.loads(capfd.readouterr().out)
         assert served["verified"]
         assert served["revision"] == together.models[0].revision
         assert served["comparisons"][0]["cosine_min"] >= LEAST_COSINE
-    assert run(monkeypatch, *words) == 0
+    assert run(*words) == 0
     assert "verified" in capfd.readouterr().out.splitlines()
 
 
 async def test_small_models_of_many_kinds(
+    run: Callable[..., int], randomise: Any,
     start_mesh: Any, hub: Any, hub_repository: Any, minilm: Path, texts: list[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setenv("EMBEDMESH_CACHE_DIR", str(tmp_path / "cache"))
     for name, family in FAMILIES.items():
-        save(family, minilm, tmp_path / name)
+        save(randomise, family, minilm, tmp_path / name)
         hub.repositories[f"small/{name}"] = hub_repository(content(tmp_path / name))
         words = ("models", "pull", f"small/{name}", "--endpoint", hub.endpoint, "--cache-dir", tmp_path / "hub")
-        assert run(monkeypatch, *words) == 0, (name, capfd.readouterr())
+        assert run(*words) == 0, (name, capfd.readouterr())
     rows = []
     folders = tuple(tmp_path / "cache" / "models" / f"small--{name}" for name in FAMILIES)
     async with start_mesh(text_models=folders) as mesh, embedmesh.AsyncClient(mesh.address) as client:
@@ -345,7 +323,7 @@ TOWERS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[tuple[str, ...], st
 }  # fmt: skip
 
 
-def save_towers(kind: str, tokenizer: Path, folder: Path) -> None:
+def save_towers(randomise: Any, kind: str, tokenizer: Path, folder: Path) -> None:
     """Save a model of towers, with graphs as published for transformers.js."""
     import torch
     import transformers
@@ -398,19 +376,20 @@ def save_towers(kind: str, tokenizer: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", TOWERS)
 async def test_towers_as_published_for_the_browser(
+    run: Callable[..., int], randomise: Any,
     kind: str, start_mesh: Any, minilm: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setenv("EMBEDMESH_CACHE_DIR", str(tmp_path / "cache"))
-    save_towers(kind, minilm, tmp_path / kind)
-    assert run(monkeypatch, "models", "pull", tmp_path / kind) == 0, capfd.readouterr()
+    save_towers(randomise, kind, minilm, tmp_path / kind)
+    assert run("models", "pull", tmp_path / kind) == 0, capfd.readouterr()
     modalities = ("text", "audio" if kind == "clap" else "image")
     folders = {f"{modality}_models": (tmp_path / "cache" / "models" / f"{kind}-{modality}",) for modality in modalities}
     async with start_mesh(**folders) as mesh:
         for modality in modalities:
             capfd.readouterr()
             words = ("models", "verify", f"{kind}-{modality}", "--address", mesh.address, "--json")
-            status = await asyncio.to_thread(run, monkeypatch, *words)
+            status = await asyncio.to_thread(run, *words)
             captured = capfd.readouterr()
             report = json.loads(captured.out)
             assert status == 0, (report, captured.err)
@@ -429,41 +408,47 @@ async def test_towers_as_published_for_the_browser(
     ],
 )
 def test_verify_catches_what_is_configured_wrongly(
+    run: Callable[..., int], randomise: Any,
     minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
     old: str, new: str, problem: str,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("EMBEDMESH_CACHE_DIR", str(tmp_path / "cache"))
-    save(dataclasses.replace(FAMILIES["qwen2-last-token"], prompts=PROMPTS), minilm, tmp_path / "decoder")
-    assert run(monkeypatch, "models", "pull", tmp_path / "decoder") == 0
+    save(randomise, dataclasses.replace(FAMILIES["qwen2-last-token"], prompts=PROMPTS), minilm, tmp_path / "decoder")
+    assert run("models", "pull", tmp_path / "decoder") == 0
     capfd.readouterr()
-    assert run(monkeypatch, "models", "verify", "decoder") == 0, capfd.readouterr()
+    assert run("models", "verify", "decoder") == 0, capfd.readouterr()
     manifest = tmp_path / "cache" / "models" / "decoder" / "model.toml"
     text = manifest.read_text()
     assert old in text
     manifest.write_text(text.replace(old, new))
     capfd.readouterr()
-    assert run(monkeypatch, "models", "verify", "decoder") == 1
+    assert run("models", "verify", "decoder") == 1
     out = capfd.readouterr().out
     assert "NOT VERIFIED" in out
     assert problem in out
 
 
 def test_a_repository_that_does_not_say_how_it_pools(
-    minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run: Callable[..., int],
+    randomise: Any,
+    minilm: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("EMBEDMESH_CACHE_DIR", str(tmp_path / "cache"))
-    save(FAMILIES["bert-max"], minilm, tmp_path / "plain")
+    save(randomise, FAMILIES["bert-max"], minilm, tmp_path / "plain")
     (tmp_path / "plain" / "modules.json").unlink()
     words = ("--pooling", "cls", "--pooling", "mean", "--normalize")
-    assert run(monkeypatch, "models", "pull", tmp_path / "plain", *words) == 0, capfd.readouterr()
-    assert run(monkeypatch, "models", "verify", "plain") == 0, capfd.readouterr()
+    assert run("models", "pull", tmp_path / "plain", *words) == 0, capfd.readouterr()
+    assert run("models", "verify", "plain") == 0, capfd.readouterr()
 
 
 def test_the_original_is_found_where_the_model_came_from(
-    hub: Any, hub_repository: Any, minilm: Path, tmp_path: Path
+    randomise: Any, hub: Any, hub_repository: Any, minilm: Path, tmp_path: Path
 ) -> None:
     """In processes of their own, because the library reads its environment variables once."""
-    save(FAMILIES["bert-joined-dense-normalize"], minilm, tmp_path / "small")
+    save(randomise, FAMILIES["bert-joined-dense-normalize"], minilm, tmp_path / "small")
     hub.repositories["small/one"] = hub_repository(content(tmp_path / "small"))
     environment = os.environ | {
         "HF_ENDPOINT": hub.endpoint,
@@ -486,17 +471,17 @@ def test_the_original_is_found_where_the_model_came_from(
 
 
 def test_a_reference_that_cannot_be_had(
+    run: Callable[..., int],
     minilm: Path,
     starter_model: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty").mkdir()
     words = ("models", "verify", starter_model, "--reference", tmp_path / "empty")
-    assert run(monkeypatch, *words) == 2
+    assert run(*words) == 2
     assert "does not say how it pools" in capfd.readouterr().err
     (tmp_path / "empty" / "modules.json").write_bytes((minilm / "modules.json").read_bytes())
-    assert run(monkeypatch, *words) == 1
+    assert run(*words) == 1
     assert "cannot be loaded" in capfd.readouterr().err
-    assert run(monkeypatch, "models", "verify", starter_model, "--reference", minilm) == 0, capfd.readouterr()
+    assert run("models", "verify", starter_model, "--reference", minilm) == 0, capfd.readouterr()
