@@ -201,6 +201,16 @@ def test_json_vectors() -> None:
     np.testing.assert_array_equal(material.json_vectors(body.encode()), [[1, 2], [3, 4]])
 
 
+def test_the_kserve_protocol() -> None:
+    payloads = material.kserve_requests(["a", "b", "c"], 2, {"outputs": []}, "text")
+    assert [json.loads(payload)["inputs"] for payload in payloads] == [
+        [{"name": "text", "datatype": "BYTES", "shape": [2, 1], "data": data}] for data in (["a", "b"], ["c", "a"])
+    ]
+    header = json.dumps({"outputs": [{"name": "embedding", "shape": [2, 2]}]}).encode()
+    body = header + np.array([[1, 2], [3, 4]], "<f4").tobytes()
+    np.testing.assert_array_equal(material.kserve_vectors(body, len(header)), [[1, 2], [3, 4]])
+
+
 # The bound
 
 

@@ -16,11 +16,12 @@ from embedmesh_cli.bench.peers import environment, read_specs
 from embedmesh_cli.console import UserError
 
 PEERS = Path(__file__).parents[1] / "bench" / "peers"
+TINY = "[tiny]\nabout = ''\nrequirements = 'none.txt'\ncommand = []\nhealth = ''\npath = ''\nbody = {}\n"
 
 
 def test_the_peers_of_this_project_are_whole() -> None:
     specs = read_specs(PEERS)
-    assert [spec.name for spec in specs] == ["infinity", "sentence-transformers"]
+    assert [spec.name for spec in specs] == ["infinity", "sentence-transformers", "triton"]
     for spec in specs:
         pins = [line for line in spec.requirements.read_text().splitlines() if not line.startswith("#")]
         assert all("==" in pin for pin in pins)
@@ -34,6 +35,7 @@ def test_the_peers_of_this_project_are_whole() -> None:
         ("[a", "is not as it should be"),
         ("[a]\nabout = 'x'", "is not as it should be: 'requirements'"),
         ("[a]\nrequirements = 'x'\nport = 3", "is not as it should be: .*port"),
+        (f"{TINY}wire = 'morse'\n", "wire is one of openai, kserve, not morse"),
     ],
 )
 def test_mistakes_in_the_description(tmp_path: Path, content: str | None, sentence: str) -> None:
@@ -46,9 +48,7 @@ def test_mistakes_in_the_description(tmp_path: Path, content: str | None, senten
 def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDMESH_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "none.txt").write_text("# nothing\n")
-    (tmp_path / "peers.toml").write_text(
-        "[tiny]\nabout = ''\nrequirements = 'none.txt'\ncommand = []\nhealth = ''\npath = ''\nbody = {}\n"
-    )
+    (tmp_path / "peers.toml").write_text(TINY)
     (spec,) = read_specs(tmp_path)
     said: list[str] = []
     folder = environment(spec, said.append)
@@ -116,6 +116,24 @@ async def test_calls_over_http(chunked: bool) -> None:
     assert 30 <= measured.units / measured.answered <= 60
     assert set(np.unique(calls.vectors)) == {0, 3}
     assert [set(each.codes) for each in again] == [{"OK", "RESOURCE_EXHAUSTED"}] * 2
+
+
+async def test_vectors_of_the_kserve_protocol_are_counted() -> None:
+    header = b'{"model_name":"m","outputs":[{"name":"embedding","datatype":"FP32","shape":[3,2]}]}'
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split()[0]))
+            body = header + np.zeros((3, 2), "<f4").tobytes()
+            writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening, Generator() as generator:
+        address = f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        pace = Closed(1)
+        load = Load(wire="http", address=address, payloads=[b"{}"], pace=pace, seconds=0.2, warm_seconds=0, path="/")
+        (calls,), _ = await generator.run([load], NOBODY.over)
+        assert set(np.unique(calls.vectors)) <= {0, 3}
+        assert calls.vectors.sum() > 0
 
 
 async def test_nobody_answers_over_http() -> None:

@@ -513,6 +513,8 @@ class _Http:
 
     # One for each vector in the answers of OpenAI-shaped servers; `"object": "embedding"` has no colon after it.
     _VECTOR = re.compile(rb'"embedding"\s*:')
+    # The one output of a server of the KServe protocol: its first axis counts them.
+    _SHAPE = re.compile(rb'"outputs".{1,200}?"shape"\s*:\s*\[(\d+)')
 
     def __init__(self, load: Load) -> None:
         self._host, _, port = load.address.rpartition(":")
@@ -536,7 +538,8 @@ class _Http:
         else:
             self._idle.append(connection)
             if status == 200:
-                return Answer(OK, len(self._VECTOR.findall(body)))
+                shape = self._SHAPE.search(body)
+                return Answer(OK, int(shape[1]) if shape else len(self._VECTOR.findall(body)))
             return Answer({429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE"}.get(status, f"HTTP_{status}"))
         if connection:
             connection[1].close()

@@ -168,6 +168,12 @@ def json_requests(inputs: Sequence[str], size: int, body: Mapping[str, Any], key
     return [json.dumps({**body, key: list(chunk)}).encode() for chunk in chunks(inputs, size)]
 
 
+def kserve_requests(inputs: Sequence[str], size: int, body: Mapping[str, Any], name: str) -> list[bytes]:
+    """Serialise requests as servers of the KServe protocol (v2) take them: `body`, with the texts as input `name`."""
+    shape = {"name": name, "datatype": "BYTES", "shape": [size, 1]}
+    return [json.dumps({**body, "inputs": [{**shape, "data": list(chunk)}]}).encode() for chunk in chunks(inputs, size)]
+
+
 def chunks(inputs: Sequence[Any], size: int) -> list[list[Any]]:
     """Cut into lists of exactly `size`, the last one filled up from the beginning."""
     whole = -(-len(inputs) // size)
@@ -181,6 +187,17 @@ def json_vectors(body: bytes) -> Any:
     return np.array(
         [np.frombuffer(base64.b64decode(v), "<f4") if isinstance(v, str) else np.array(v, np.float32) for v in found]
     )
+
+
+def kserve_vectors(body: bytes, header_length: int) -> Any:
+    """Vectors of an answer of the KServe protocol with one binary output: float32 [n, d].
+
+    Args:
+        body: JSON, then the numbers.
+        header_length: Bytes of JSON, from the header Inference-Header-Content-Length.
+    """
+    (output,) = json.loads(body[:header_length])["outputs"]
+    return np.frombuffer(body, "<f4", offset=header_length).reshape(output["shape"])
 
 
 def _write_text(message: Any, text: str) -> None:

@@ -7,8 +7,9 @@ A folder describes them in `peers.toml`, a table for each:
     requirements = "name.txt"                 # pinned; installed with pip into an environment of its own
     command = ["{bin}/server", "{model}", "--port", "{port}"]    # also {folder}: of peers.toml
     health = "/health"                        # answers 200 once it serves
-    path = "/embeddings"                      # takes a POST of the OpenAI shape
-    body = { model = "minilm" }               # beside "input"
+    path = "/embeddings"                      # takes a POST
+    wire = "openai"                           # of what shape: default; or "kserve", input "text", answer in binary
+    body = { model = "minilm" }               # beside the texts
 
 The model is the folder that its authors published (sentence-transformers layout); the mesh may have the same weights
 on another backend (--text-model). Before anything is timed, the peer's vectors are compared with those of the mesh.
@@ -31,13 +32,13 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 
 from embedmesh import AsyncClient
 from embedmesh_cli.bench.load import Closed, Open
-from embedmesh_cli.bench.material import chunks, json_requests, json_vectors, requests
+from embedmesh_cli.bench.material import chunks, json_requests, json_vectors, kserve_requests, kserve_vectors, requests
 from embedmesh_cli.bench.measure import Measured, Observer, family
 from embedmesh_cli.bench.report import Section, speed_table, tail_table
 from embedmesh_cli.bench.session import BOUND, Plan, Session, Skipped, Target
@@ -56,6 +57,9 @@ _BATCH, _CALLERS, _SINGLES = 32, 4, 32
 _EASY: Final = 0.5
 
 
+_Wire = Literal["openai", "kserve"]
+
+
 @dataclass(frozen=True, slots=True)
 class Spec:
     """A table of peers.toml."""
@@ -67,6 +71,13 @@ class Spec:
     health: str
     path: str
     body: Mapping[str, Any]
+    wire: _Wire = "openai"
+
+    def requests(self, texts: Sequence[str], size: int) -> list[bytes]:
+        """Serialise requests of `size` texts each."""
+        if self.wire == "kserve":
+            return kserve_requests(texts, size, self.body, "text")
+        return json_requests(texts, size, self.body, "input")
 
 
 class _Peer:
@@ -96,16 +107,19 @@ class _Peer:
 
     async def vectors(self, texts: Sequence[str]) -> Any:
         """Embed some texts: float32 [n, d]."""
-        (payload,) = json_requests(texts, len(texts), self.spec.body, "input")
+        (payload,) = self.spec.requests(texts, len(texts))
 
-        def post() -> bytes:
+        def post() -> Any:
             request = urllib.request.Request(
                 f"http://{self.address}{self.spec.path}", payload, {"Content-Type": "application/json"}
             )
             with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
-                return bytes(answer.read())
+                body = answer.read()
+                if self.spec.wire == "kserve":
+                    return kserve_vectors(body, int(answer.headers["Inference-Header-Content-Length"]))
+                return json_vectors(body)
 
-        return json_vectors(await asyncio.to_thread(post))
+        return await asyncio.to_thread(post)
 
 
 async def peers(session: Session) -> Section:
@@ -160,7 +174,7 @@ def _plans(  # noqa: PLR0917  (all of them say what is measured)
     sizes = [sum(each) for each in chunks(units, size)]
 
     def plan(peer: _Peer) -> Plan:
-        bodies = json_requests(texts, size, peer.spec.body, "input")
+        bodies = peer.spec.requests(texts, size)
         load = replace(session.load("http", peer.address, bodies, pace), path=peer.spec.path, units=sizes)
 
         async def measured() -> Measured:
@@ -190,7 +204,7 @@ def read_specs(folder: Path) -> list[Spec]:
     """Read peers.toml; raises UserError where it is not as described above."""
     try:
         tables = tomllib.loads((folder / _FILE).read_text(encoding="utf-8"))
-        return [
+        specs = [
             Spec(name=name, **{**table, "requirements": folder / table["requirements"]})
             for name, table in tables.items()
         ]
@@ -198,6 +212,10 @@ def read_specs(folder: Path) -> list[Spec]:
         raise UserError(f"--peers {folder}: cannot read {_FILE}: {error.strerror}.", USAGE) from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"--peers {folder}: {_FILE} is not as it should be: {error}.", USAGE) from None
+    if odd := {spec.wire for spec in specs} - set(get_args(_Wire)):
+        known = ", ".join(get_args(_Wire))
+        raise UserError(f"--peers {folder}: {_FILE}: wire is one of {known}, not {', '.join(odd)}.", USAGE)
+    return specs
 
 
 @asynccontextmanager
