@@ -96,5 +96,5 @@ def read_samples(spec: ModelSpec, path: Path | None) -> list[Any]:
     else:
         found = [make(content) for content in contents(path)]
     if not found:
-        raise UserError(f"{path} holds nothing to measure with.", USAGE)
+        raise UserError(f"{path} holds nothing to embed.", USAGE)
     return found

@@ -24,6 +24,7 @@ from embedmesh_cli.home import find_model, model_folders, models_home
 from embedmesh_cli.pull import pull
 from embedmesh_cli.quantize import quantize
 from embedmesh_cli.verify import verify
+from embedmesh_cli.whiten import whiten
 from embedmesh_encoder.model import ModelError, ModelSpec, find_models
 
 __all__ = ["app"]
@@ -33,6 +34,7 @@ app.command("pull")(pull)
 app.command("export")(export)
 app.command("verify")(verify)
 app.command("quantize")(quantize)
+app.command("whiten")(whiten)
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,15 @@ def _description(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     yield "graph", f"{graph.file or 'none'} ({graph.layout}; {', '.join(graph.inputs)} -> {outputs}{pooled})"
     for layer in spec.head.layers if spec.head else ():
         kind = layer.kind.replace("_", " ") + (f", {layer.activation}" if layer.activation != "none" else "")
-        yield "", f"then {kind}: {layer.inputs} -> {layer.outputs} ({layer.file})"
+        file = f" ({layer.file})" if layer.file else ""
+        yield "", f"then {kind}: {layer.inputs} -> {layer.outputs}{file}"
+    if spec.layers:
+        states = " and ".join(map(str, spec.layers.averaged))
+        mean = f"; the mean of hidden states {states} is pooled" if states else ""
+        yield "layers", f"{spec.layers.kept} of {spec.layers.of}{mean}"
     yield "runs", f"{spec.backend}, {spec.precision}, unless a node is told otherwise"
+    if spec.whitening:
+        yield "made from", f"{spec.whitening.of}, whitened on {spec.whitening.texts} texts"
     if spec.variant:
         yield "made from", f"{spec.variant.of} (least cosine of {spec.variant.samples}: {spec.variant.cosine_min})"
     yield "licence", spec.license

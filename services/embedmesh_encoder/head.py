@@ -1,7 +1,8 @@
-"""What follows pooling in some text models: dense layers and layer norms, in numpy on the CPU.
+"""What follows pooling in some text models: dense layers, layer norms and cuts, in numpy on the CPU.
 
-They are sentence-transformers' modules `Dense` and `LayerNorm`, over one vector a text: so little work beside the
-graph that they need no backend. Weights are read from safetensors, which hold numbers and nothing that could run.
+They are sentence-transformers' modules `Dense`, `LayerNorm` and `Normalize` and its `truncate_dim`, and the whitening
+of `embedmesh models whiten`, over one vector a text: so little work beside the graph that they need no backend. Weights
+are read from safetensors, which hold numbers and nothing that could run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from embedmesh.vectors import l2_norms, normalized
 from embedmesh_encoder.model import HeadLayer, ModelError, ModelSpec
 
 __all__ = ["Head"]
@@ -44,6 +46,10 @@ class Head:
 
 
 def _layer(spec: ModelSpec, layer: HeadLayer) -> _Function:
+    if layer.kind == "normalize":
+        return _unit
+    if layer.kind == "cut":
+        return lambda vectors: vectors[:, : layer.outputs]
     path = spec.path(layer.file)
     try:
         weights = load_file(path)
@@ -84,6 +90,10 @@ def _norm(weight: Float32, bias: Float32) -> _Function:
         return scaled
 
     return apply
+
+
+def _unit(vectors: Float32) -> Float32:
+    return normalized(vectors, l2_norms(vectors))
 
 
 def _same(vectors: Float32) -> Float32:

@@ -33,10 +33,12 @@
                                        # names no role; default: none
     pad = "longest"                    # padded only: to the longest of a batch (default), or to "max_input_units"
 
-    [head]                             # modality text, not packed: what follows pooling (numpy, see head.py)
-    layers = [                         # in order; both kinds as PyTorch computes them
+    [head]                             # modality text: what follows pooling, the graph's too (numpy, see head.py)
+    layers = [                         # in order; those with weights as PyTorch computes them
       { kind = "dense", file = "2_Dense/model.safetensors", inputs = 768, outputs = 384, activation = "tanh" },
       { kind = "layer_norm", file = "3_LayerNorm/model.safetensors", inputs = 384, outputs = 384 },
+      { kind = "normalize", inputs = 384, outputs = 384 },     # to L2 norm 1, where more follows
+      { kind = "cut", inputs = 384, outputs = 256 },           # to the first numbers
     ]
 
     [sparse]                           # kind sparse, modality text
@@ -74,6 +76,15 @@
     ms_per_unit = 0.0
     seed = 0                           # another seed, other vectors
 
+    [layers]                           # what `embedmesh models export` took of the original's layers, if not all
+    kept = 6                           # from the first on
+    of = 12
+    averaged = [1, 6]                  # hidden states whose mean is pooled, 0 the embeddings; default: the last alone
+
+    [whitening]                        # what `embedmesh models whiten` fitted the head's last layer to
+    of = "all-MiniLM-L6-v2@0d14bd3a5ae07686"
+    texts = 20000
+
     [variant]                          # what `embedmesh models quantize` made this from, and measured
     of = "all-MiniLM-L6-v2@0d14bd3a5ae07686"
     samples = 1000
@@ -100,7 +111,8 @@ extractor makes (`input_features`, `input_values`; `attention_mask`, `is_longer`
 The *revision* is a fingerprint of everything that changes a vector: the files, graph, text, head, sparse,
 multi_vector, image, audio and triton tables, longest input, normalisation, precision, backend. The last two are those
 that really run it (`ModelSpec.run_by`), so that no node can make vectors of another precision under
-the same revision. Name, family, space, licence, source, timing and variant are no part of it.
+the same revision. Name, family, space, licence, source, timing and variant are no part of it; nor are
+layers and whitening, which the graph and the head have.
 """
 
 from __future__ import annotations
@@ -145,6 +157,7 @@ __all__ = [
     "HeadLayer",
     "HeadTable",
     "ImageTable",
+    "LayersTable",
     "ModelError",
     "ModelSpec",
     "MultiVectorTable",
@@ -153,6 +166,7 @@ __all__ = [
     "TextSpec",
     "TritonTable",
     "VariantTable",
+    "WhiteningTable",
     "find_models",
     "load_spec",
     "verify_files",
@@ -175,6 +189,7 @@ _OUTPUTS: Final[dict[Any, str]] = {
     "padded": "last_hidden_state",
     "stacked": "last_hidden_state",
 }
+_WEIGHTED: Final = frozenset({"dense", "layer_norm"})
 _LAYOUTS: Final = {"text": ("packed", "padded"), "image": ("stacked",), "audio": ("stacked",)}
 _KINDS: Final[dict[str, pb.EmbeddingKind.ValueType]] = {
     "dense": pb.EMBEDDING_KIND_DENSE,
@@ -310,13 +325,30 @@ class TextSpec(_Table):
 
 
 class HeadLayer(_Table):
-    """A layer between pooling and the vector; its weights are a file of safetensors."""
+    """A layer between pooling and the vector; its weights, if it has any, are a file of safetensors."""
 
-    kind: Literal["dense", "layer_norm"]
-    file: str
+    kind: Literal["dense", "layer_norm", "normalize", "cut"]
+    file: str = Field("", validate_default=True)
     inputs: PositiveInt
     outputs: PositiveInt
     activation: Literal["none", "tanh", "relu", "sigmoid"] = "none"
+
+    @field_validator("file")
+    @classmethod
+    def _file_fits(cls, file: str, info: ValidationInfo) -> str:
+        if (info.data.get("kind", "dense") in _WEIGHTED) != bool(file):
+            raise ValueError('is only for kinds with weights ("dense", "layer_norm")' if file else "is missing")
+        return file
+
+    @field_validator("outputs")
+    @classmethod
+    def _outputs_fit(cls, outputs: int, info: ValidationInfo) -> int:
+        kind, inputs = info.data.get("kind", "dense"), info.data.get("inputs", outputs)
+        if kind == "cut" and outputs > inputs:
+            raise ValueError(f"must be at most inputs ({inputs}) in a cut, got {outputs}")
+        if kind in ("layer_norm", "normalize") and outputs != inputs:
+            raise ValueError(f"must be inputs ({inputs}) where all that comes is kept, got {outputs}")
+        return outputs
 
 
 class HeadTable(_Table):
@@ -367,6 +399,21 @@ class TritonTable(_Table):
     version: Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
 
 
+class LayersTable(_Table):
+    """Which layers of the original the graph has; for people, and for comparisons with the original."""
+
+    kept: PositiveInt
+    of: PositiveInt
+    averaged: tuple[NonNegativeInt, ...] = Field((), strict=False)
+
+
+class WhiteningTable(_Table):
+    """What the head's last layer was fitted to; for people, and for comparisons with the original."""
+
+    of: str
+    texts: PositiveInt
+
+
 class VariantTable(_Table):
     """What a model was made from, and how alike it is; for people."""
 
@@ -413,6 +460,8 @@ class ModelSpec(_Table):
     sparse: SparseTable | None = Field(None, validate_default=True)
     multi_vector: MultiVectorTable | None = Field(None, validate_default=True)
     triton: TritonTable | None = Field(None, validate_default=True)
+    layers: LayersTable | None = None
+    whitening: WhiteningTable | None = None
     variant: VariantTable | None = None
     fake: FakeSpec | None = Field(default_factory=lambda data: FakeSpec() if data.get("backend") == "fake" else None)
 
@@ -454,17 +503,28 @@ class ModelSpec(_Table):
         graph = info.data.get("graph")
         if head is None or graph is None:
             return head
-        if info.data.get("modality") != "text" or graph.layout != "padded":
-            raise ValueError('is only for the modality "text" and the layout "padded"')
+        if info.data.get("modality") != "text":
+            raise ValueError('is only for the modality "text"')
         width = head.layers[0].inputs
         for layer in head.layers:
-            _listed(layer.file, info)
+            if layer.file:
+                _listed(layer.file, info)
             if layer.inputs != width:
-                raise ValueError(f'has a layer "{layer.file}" with inputs = {layer.inputs}, but {width} come to it')
+                raise ValueError(
+                    f'has a layer "{layer.file or layer.kind}" with inputs = {layer.inputs}, but {width} come to it'
+                )
             width = layer.outputs
         if width != info.data.get("dimensions", width):
             raise ValueError(f"ends with outputs = {width}, but dimensions = {info.data['dimensions']}")
         return head
+
+    @field_validator("whitening")
+    @classmethod
+    def _whitening_fits(cls, whitening: WhiteningTable | None, info: ValidationInfo) -> WhiteningTable | None:
+        head = info.data.get("head")
+        if whitening and "head" in info.data and (head is None or head.layers[-1].kind != "dense"):
+            raise ValueError("is only for models whose head ends with a dense layer")
+        return whitening
 
     @field_validator("sparse", "multi_vector")
     @classmethod
@@ -645,6 +705,8 @@ _TABLES: Final[dict[tuple[str, ...], type[_Table]]] = {
     ("sparse",): SparseTable,
     ("multi_vector",): MultiVectorTable,
     ("triton",): TritonTable,
+    ("layers",): LayersTable,
+    ("whitening",): WhiteningTable,
     ("variant",): VariantTable,
     ("fake",): FakeSpec,
 }

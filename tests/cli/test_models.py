@@ -71,12 +71,14 @@ def test_show_tells_how_tokens_become_a_vector(cli: Any, tmp_path: Path) -> None
         "truncatable_dimensions": [2], "normalized": False, "max_input_units": 8, "license": "MIT", "source": "a test",
         "backend": "onnxruntime", "text": {"tokenizer": "tokenizer.json", "prompts": {"default": "p: "}},
         "graph": {"file": "model.onnx", "layout": "padded", "pooling": ["cls", "mean"]}, "head": {"layers": [layer]},
+        "layers": {"kept": 3, "of": 6, "averaged": [1, 3]},
     }  # fmt: skip
     write_manifest(tmp_path, manifest, ["model.onnx", "tokenizer.json", "dense.safetensors"])
     done = cli("models", "show", tmp_path)
     assert "4 numbers, not normalised; may be cut to 2" in done.out
     assert "pooled here: cls and mean" in done.out
     assert "then dense, tanh: 16 -> 4 (dense.safetensors)" in done.out
+    assert "layers      3 of 6; the mean of hidden states 1 and 3 is pooled\n" in done.out
     assert "before texts without a role: 'p: '" in done.out
     assert "family      towers" in done.out
 

@@ -275,6 +275,60 @@ def test_dense_layers_and_norms_after_pooling(cli: Any, folder: Any, home: Path)
     assert "has sha256" in cli("models", "verify", "tiny", "--no-reference").out
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_vectors_are_cut_where_the_repository_cuts_them(
+    cli: Any, folder: Any, home: Path, normalize: bool, pooled: bool
+) -> None:
+    files = sentence_transformer(*[("Normalize", {}, {})] * normalize)
+    files["config_sentence_transformers.json"] = b'{"truncate_dim": 5}'
+    files["config.json"] = json.dumps(
+        {"hidden_size": HIDDEN, "max_position_embeddings": 64, "matryoshka_dimensions": [HIDDEN, 5, 4, 2]}
+    ).encode()
+    if pooled:
+        files["onnx/model.onnx"] = graph(output="sentence_embedding", pooled=True)["model.onnx"]
+    done = cli("models", "pull", folder(files))
+    assert done.status == 0, done.err
+    assert "vectors are cut to 5 numbers (truncate_dim)" in done.out
+    spec = load_spec(home / "tiny")
+    # The library normalises before it cuts, if at all.
+    assert (spec.dimensions, spec.graph_dimensions, spec.normalized) == (5, HIDDEN, False)
+    assert spec.truncatable_dimensions == (4, 2)
+    mean = rows("the cat").mean(axis=0)
+    expected = (mean / np.linalg.norm(mean) if normalize else mean)[:5]
+    np.testing.assert_allclose(embed(home / "tiny", "the cat")[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [0, HIDDEN, 2 * HIDDEN])
+def test_a_width_that_cuts_nothing(cli: Any, folder: Any, home: Path, width: int) -> None:
+    files = sentence_transformer(("Normalize", {}, {}))
+    files["config_sentence_transformers.json"] = json.dumps({"truncate_dim": width}).encode()
+    assert cli("models", "pull", folder(files)).status == 0
+    spec = load_spec(home / "tiny")
+    assert (spec.dimensions, spec.head, spec.normalized) == (HIDDEN, None, True)
+
+
+@pytest.mark.parametrize(
+    ("card", "widths"),
+    [
+        (
+            '{\n "loss": "CosineSimilarityLoss",\n "matryoshka_dims": [\n  8,\n  4,\n  2\n ],\n "n_dims": -1}',
+            (4, 2),
+        ),
+        ('"matryoshka_dims": []', ()),
+        ('"matryoshka_dims": [4, "two"]', ()),
+        ("matryoshka_dims: [4]", ()),
+    ],
+)
+def test_widths_are_read_from_the_card_of_a_training(
+    cli: Any, folder: Any, home: Path, card: str, widths: tuple[int, ...]
+) -> None:
+    files = sentence_transformer()
+    files["README.md"] += f"* Loss: MatryoshkaLoss with these parameters:\n  ```json\n  {card}\n  ```\n".encode()
+    assert cli("models", "pull", folder(files)).status == 0
+    assert load_spec(home / "tiny").truncatable_dimensions == widths
+
+
 def test_weights_beside_the_graph_come_along(cli: Any, folder: Any, home: Path) -> None:
     files = sentence_transformer()
     for name, content in graph(data="model.onnx_data").items():
@@ -551,9 +605,9 @@ REFUSED: list[tuple[str, Callable[[], Files], str]] = [
         "does not say how many tokens it reads: name it with --max-units",
     ),
     (
-        "cut vectors",
-        lambda: sentence_transformer() | {"config_sentence_transformers.json": b'{"truncate_dim": 4}'},
-        "cuts its vectors to 4 numbers",
+        "no width",
+        lambda: sentence_transformer() | {"config_sentence_transformers.json": b'{"truncate_dim": "4"}'},
+        'cuts its vectors to "4" numbers, which is no width',
     ),
 ]
 

@@ -122,7 +122,7 @@ def test_what_cannot_be_measured(cli: Any, tower: Path, pictures: Path, tmp_path
         write_model(tower)
     message = {
         "no samples": "tiny-image is for image: name a folder of files with --samples.",
-        "no files": "holds nothing to measure with.",
+        "no files": "holds nothing to embed.",
         "no picture": "sample 4 cannot be embedded: ",
         "no folder": "nowhere: No such file or directory.",
         "no model": "is not a model folder",

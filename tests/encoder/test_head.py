@@ -16,6 +16,8 @@ VECTORS = RNG.normal(size=(5, 6)).astype(np.float32) * 3
 WEIGHT, BIAS = RNG.normal(size=(4, 6)).astype(np.float32), RNG.normal(size=4).astype(np.float32)
 DENSE = {"kind": "dense", "file": "dense.safetensors", "inputs": 6, "outputs": 4}
 NORM = {"kind": "layer_norm", "file": "norm.safetensors", "inputs": 4, "outputs": 4}
+UNIT = {"kind": "normalize", "inputs": 4, "outputs": 4}
+CUT = {"kind": "cut", "inputs": 4, "outputs": 3}
 Make = Callable[..., ModelSpec]
 
 
@@ -79,6 +81,28 @@ def test_layers_follow_each_other(make: Make) -> None:
     np.testing.assert_allclose(Head(make(DENSE, NORM))(VECTORS), x, rtol=1e-4, atol=1e-6)
 
 
+def test_vectors_are_normalised_and_cut(make: Make) -> None:
+    x = VECTORS.astype(float) @ WEIGHT.T + BIAS
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True))[:, :3]
+    vectors = Head(make(DENSE, UNIT, CUT))(VECTORS)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, x, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_may_follow_a_graph_that_pools(make: Make) -> None:
+    spec = make(DENSE, CUT)
+    table = {key: getattr(spec, key) for key in ("name", "modality", "space", "dimensions", "normalized", "license")}
+    table |= {
+        "max_input_units": 8,
+        "source": spec.source,
+        "backend": "onnxruntime",
+        "text": {"tokenizer": "tokenizer.json"},
+    }
+    graph = {"file": "model.onnx", "layout": "packed"}
+    packed = write_manifest(spec.folder, {**table, "graph": graph, "head": {"layers": [DENSE, CUT]}}, spec.files)
+    assert (packed.graph_dimensions, packed.dimensions, packed.graph.pooling) == (6, 3, "graph")
+
+
 def test_no_head_changes_nothing(make: Make) -> None:
     assert Head(make())(VECTORS) is VECTORS
 
@@ -113,10 +137,21 @@ def test_what_is_no_safetensors_is_refused(make: Make, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ((DENSE, {**NORM, "inputs": 5}), 'head has a layer "norm.safetensors" with inputs = 5, but 4 come to it'),
+        (
+            (DENSE, {**NORM, "inputs": 5, "outputs": 5}),
+            'head has a layer "norm.safetensors" with inputs = 5, but 4 come to it',
+        ),
         (({**DENSE, "file": "other"},), 'head names "other", which is not listed in [files]'),
         (({**DENSE, "activation": "gelu"},), "head.layers.0.activation must be 'none', 'tanh', 'relu' or 'sigmoid'"),
-        (({**DENSE, "kind": "conv"},), "head.layers.0.kind must be 'dense' or 'layer_norm'"),
+        (({**DENSE, "kind": "conv"},), "head.layers.0.kind must be 'dense', 'layer_norm', 'normalize' or 'cut'"),
+        (({"kind": "dense", "inputs": 6, "outputs": 4},), "head.layers.0.file is missing"),
+        ((DENSE, {**CUT, "file": "dense.safetensors"}), "head.layers.1.file is only for kinds with weights"),
+        ((DENSE, {**CUT, "outputs": 5}), "head.layers.1.outputs must be at most inputs (4) in a cut, got 5"),
+        (
+            (DENSE, {**UNIT, "outputs": 3}),
+            "head.layers.1.outputs must be inputs (4) where all that comes is kept, got 3",
+        ),
+        ((DENSE, {**CUT, "inputs": 5}), 'head has a layer "cut" with inputs = 5, but 4 come to it'),
         (({**DENSE, "bias": True},), "bias is unknown"),
     ],
 )

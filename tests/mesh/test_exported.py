@@ -22,7 +22,7 @@ from PIL import Image
 
 import embedmesh
 from embedmesh.v1 import embedding_pb2 as pb
-from embedmesh_cli.local import LocalModel, demo_files
+from embedmesh_cli.local import LocalModel, demo_files, demo_texts
 from embedmesh_cli.starter import cache_folder
 from embedmesh_cli.starter.minilm import original_model
 from embedmesh_encoder.backend import create_backend
@@ -52,6 +52,10 @@ class Family:
         max_seq_length: As sentence-transformers has it.
         shard: Largest size of a file of weights.
         padding_side: Of the reference's batches.
+        suffix: What `options` add to its name.
+        options: Of the export.
+        change: Does to the reference what they do to the export.
+        truncate_dim: As sentence-transformers has it.
     """
 
     title: str
@@ -61,10 +65,51 @@ class Family:
     max_seq_length: int = 160
     shard: str = "5GB"
     padding_side: str = "right"
+    suffix: str = ""
+    options: Sequence[str] = ()
+    change: Callable[[Any], Any] = lambda model: model
+    truncate_dim: int | None = None
+
+
+def cut(place: str, kept: int) -> dict[str, Any]:
+    """Take fewer layers, as sentence-transformers' documentation of AdaptiveLayerLoss does."""
+
+    def change(model: Any) -> Any:
+        *parents, name = place.split(".")
+        part = model[0].auto_model
+        for parent in parents:
+            part = getattr(part, parent)
+        setattr(part, name, getattr(part, name)[:kept])
+        return model
+
+    return {"suffix": f"-l{kept}", "options": ("--layers", str(kept)), "change": change}
+
+
+def averaged(*states: int) -> dict[str, Any]:
+    """Pool a mean of transformers' hidden states."""
+
+    def change(model: Any) -> Any:
+        import torch
+        from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found]
+
+        class Mean(torch.nn.Module):  # type: ignore[misc]  # (torch has no types here)
+            def forward(self, features: Any) -> Any:
+                chosen = [features["all_layer_embeddings"][state] for state in states]
+                return features | {"token_embeddings": torch.stack(chosen).mean(0)}
+
+        model[0].auto_model.config.output_hidden_states = True
+        return SentenceTransformer(modules=[model[0], Mean(), *list(model)[1:]], device="cpu")
+
+    words = ",".join(map(str, states))
+    return {"suffix": f"-h{words.replace(',', '-')}", "options": ("--average-layers", words), "change": change}
 
 
 def pooled(*ways: str) -> Callable[[Any, int], list[Any]]:
     return lambda m, width: [m.Pooling(width, pooling_mode=ways)]
+
+
+def normed(m: Any, width: int) -> list[Any]:
+    return [m.Pooling(width, pooling_mode="mean"), m.Normalize()]
 
 
 def with_head(m: Any, width: int) -> list[Any]:
@@ -84,10 +129,12 @@ def with_head(m: Any, width: int) -> list[Any]:
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 BERT = {**SMALL, "vocab_size": 30522, "max_position_embeddings": 180, "pad_token_id": 0}
+BERT3 = {**BERT, "num_hidden_layers": 3}
 DECODER = {**BERT, "num_key_value_heads": 2, "head_dim": 12, "bos_token_id": 101, "eos_token_id": 102}
 T5 = {"d_model": 48, "d_kv": 12, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 30522}
 # Windows shorter than the texts, so that they show.
 WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+LAYERS3 = ["sliding_attention", "full_attention", "sliding_attention"]
 GEMMA = {**DECODER, **WINDOWS, "query_pre_attn_scalar": 12}
 FAMILIES = {
     "bert": Family("BERT, mean", ("BertConfig", BERT), pooled("mean"), shard="1MB"),
@@ -139,6 +186,62 @@ FAMILIES = {
         layout="padded",
     ),
     "albert": Family("ALBERT, mean", ("AlbertConfig", {**BERT, "embedding_size": 32}), pooled("mean"), layout="padded"),
+    "bert-width": Family("BERT, mean, cut to 20 of 48 numbers", ("BertConfig", BERT), normed, truncate_dim=20),
+    "bert-cut": Family("BERT, 2 of 3 layers, mean", ("BertConfig", BERT3), pooled("mean"), **cut("encoder.layer", 2)),
+    "distilbert-cut": Family(
+        "DistilBERT, 1 of 2 layers, cls",
+        ("DistilBertConfig", {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "vocab_size": 30522}),
+        pooled("cls"),
+        **cut("transformer.layer", 1),
+    ),
+    "modernbert-cut": Family(
+        "ModernBERT, windows, 2 of 3 layers, cls",
+        (
+            "ModernBertConfig",
+            {**BERT3, "local_attention": 8, "layer_types": LAYERS3},
+        ),
+        pooled("cls"),
+        **cut("layers", 2),
+    ),
+    "t5-cut": Family("T5 encoder, 1 of 2 layers, mean", ("T5Config", T5), pooled("mean"), **cut("encoder.block", 1)),
+    "qwen3-cut": Family(
+        "Qwen3, causal, 2 of 3 layers, last",
+        ("Qwen3Config", {**DECODER, "num_hidden_layers": 3}),
+        pooled("lasttoken"),
+        **cut("layers", 2),
+    ),
+    "deberta-cut": Family(
+        "DeBERTa-v2, 2 of 3 layers, mean",
+        ("DebertaV2Config", {**BERT3, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
+        pooled("mean"),
+        layout="padded",
+        **cut("encoder.layer", 2),
+    ),
+    "bert-mean": Family(
+        "BERT, mean of hidden states 1 and 3, mean", ("BertConfig", BERT3), pooled("mean"), **averaged(1, 3)
+    ),
+    "mpnet-mean": Family(
+        "MPNet, mean of hidden states 0 and 1, max",
+        ("MPNetConfig", {**BERT, "pad_token_id": 1}),
+        pooled("max"),
+        **averaged(0, 1),
+    ),
+    "t5-mean": Family(
+        "T5 encoder, mean of hidden states 1 and 2, mean", ("T5Config", T5), pooled("mean"), **averaged(1, 2)
+    ),
+    "llama-mean": Family(
+        "Llama, causal, mean of hidden states 1, 2 and 3, weighted mean",
+        ("LlamaConfig", {**DECODER, "num_hidden_layers": 3}),
+        pooled("weightedmean"),
+        **averaged(1, 2, 3),
+    ),
+    "albert-mean": Family(
+        "ALBERT, mean of hidden states 1 and 2, mean",
+        ("AlbertConfig", {**BERT, "embedding_size": 32}),
+        pooled("mean"),
+        layout="padded",
+        **averaged(1, 2),
+    ),
 }
 
 
@@ -151,7 +254,7 @@ def tokenizer() -> Path:
 def save(randomise: Any, family: Family, tokenizer: Path, folder: Path) -> None:
     """Save a repository of a family, by the library itself."""
     import transformers  # type: ignore[import-not-found]
-    from sentence_transformers import SentenceTransformer, models  # type: ignore[import-not-found]
+    from sentence_transformers import SentenceTransformer, models
 
     kind, settings = family.config
     config = getattr(transformers, kind)(**settings)
@@ -169,7 +272,8 @@ def save(randomise: Any, family: Family, tokenizer: Path, folder: Path) -> None:
     ).save_pretrained(raw)
     transformer = models.Transformer(str(raw), max_seq_length=family.max_seq_length)
     width = transformer.get_embedding_dimension()
-    SentenceTransformer(modules=[transformer, *family.modules(models, width)], device="cpu").save(str(folder))
+    modules = [transformer, *family.modules(models, width)]
+    SentenceTransformer(modules=modules, truncate_dim=family.truncate_dim, device="cpu").save(str(folder))
     if family.shard != "5GB":
         (folder / "model.safetensors").unlink()
         model.save_pretrained(folder, max_shard_size=family.shard)
@@ -196,10 +300,10 @@ def texts() -> list[str]:
     return [*(text[:2000] for text in rows[::25] if text.strip()), "before [PAD] and after"]
 
 
-def reference(folder: Path, texts: Sequence[str]) -> Float32:
+def reference(folder: Path, texts: Sequence[str], change: Callable[[Any], Any] = lambda model: model) -> Float32:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder), device="cpu")
+    model = change(SentenceTransformer(str(folder), device="cpu"))
     vectors: Float32 = model.encode(list(texts), batch_size=16, show_progress_bar=False)
     return vectors
 
@@ -271,18 +375,20 @@ async def test_text_families(
 ) -> None:  # fmt: skip
     for name, family in FAMILIES.items():
         save(randomise, family, tokenizer, tmp_path / name)
-        assert run("models", "export", tmp_path / name) == 0, (name, capfd.readouterr())
+        assert run("models", "export", tmp_path / name, *family.options) == 0, (name, capfd.readouterr())
         assert "As torch: worst cosine 0.99999" in (said := capfd.readouterr().out) or "cosine 1.0000" in said, said
     rows, problems = [], []
-    models = tuple(home / name for name in FAMILIES)
+    served = {name: f"{name}{family.suffix}" for name, family in FAMILIES.items()}
+    models = tuple(home / name for name in served.values())
     async with start_mesh(text_models=models) as mesh, embedmesh.AsyncClient(mesh.address) as client:
-        for name, family in FAMILIES.items():
+        for key, family in FAMILIES.items():
+            name = served[key]
             spec = load_spec(home / name)
             together = (await client.embed(texts, model=name, cache="bypass")).vectors
             alone = np.concatenate(
                 [(await client.embed([text], model=name, cache="bypass")).vectors for text in texts[::4]]
             )
-            theirs = reference(tmp_path / name, texts)
+            theirs = reference(tmp_path / key, texts, family.change)
             lengths = np.linalg.norm(together, axis=1) / np.linalg.norm(theirs, axis=1)
             found = Found(
                 family.title,
@@ -535,6 +641,125 @@ async def test_towers(
                 rows.append(found)
     assert not [found for found in rows if not found.fine]
     keep("towers", rows)
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+def test_several_depths_are_several_models(
+    run: Callable[..., int], bert: Path, home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("models", "export", bert) == 0, capfd.readouterr()
+    assert run("models", "export", bert, "--layers", "2, 1", "--average-layers", "0,1") == 0, capfd.readouterr()
+    out = capfd.readouterr().out
+    assert f"--text-model {home / 'small-l1-h0-1'} --text-model {home / 'small-l2-h0-1'}" in out
+    specs = {path.name: load_spec(path) for path in home.iterdir()}
+    assert set(specs) == {"small", "small-l1-h0-1", "small-l2-h0-1"}
+    for key in ("name", "family", "space", "revision"):
+        assert len({getattr(spec, key) for spec in specs.values()}) == 3
+    whole, cut_one = specs["small"], specs["small-l1-h0-1"]
+    assert cut_one.space == f"{whole.space}-l1-h0-1"
+    assert whole.layers is None
+    assert cut_one.layers is not None
+    assert (cut_one.layers.kept, cut_one.layers.of, cut_one.layers.averaged) == (1, 2, (0, 1))
+    sizes = {name: spec.path(spec.graph.file).stat().st_size for name, spec in specs.items()}
+    # What nothing passes through is not in the graph: of both the second layer.
+    assert sizes["small-l1-h0-1"] < sizes["small"]
+    assert sizes["small-l2-h0-1"] == pytest.approx(sizes["small-l1-h0-1"], rel=0.01)
+    assert run("models", "show", "small-l1-h0-1") == 0
+    assert "layers      1 of 2; the mean of hidden states 0 and 1 is pooled\n" in capfd.readouterr().out
+    assert run("models", "verify", "small-l1-h0-1") == 0, capfd.readouterr()
+    assert run("models", "export", bert, "--layers", "1", "--output", tmp_path / "mine") == 0, capfd.readouterr()
+    assert load_spec(tmp_path / "mine").name == "small-l1"
+    # The whole model's vectors are others.
+    assert run("models", "verify", "small", "--reference", bert) == 0
+    manifest = tmp_path / "mine" / "model.toml"
+    manifest.write_text(manifest.read_text().replace("kept = 1", "kept = 2"))
+    assert run("models", "verify", tmp_path / "mine") == 1
+    assert "the least cosine is" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+async def test_a_whitened_model(
+    run: Callable[..., int], randomise: Any,
+    layout: str, tokenizer: Path, start_mesh: Any, texts: list[str], home: Path, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """By the paper's own code (github.com/bojone/BERT-whitening), on sentence-transformers' vectors."""
+    save(randomise, FAMILIES["bert-width"], tokenizer, tmp_path / "small")
+    change(tmp_path / "small" / "config_sentence_transformers.json", truncate_dim=None)
+    fitted = [f"{a} {b}" for a in demo_texts()[:20] for b in demo_texts()[20:25]]
+    (tmp_path / "texts.txt").write_text("\n".join(fitted))
+    assert run("models", "export", tmp_path / "small", "--layout", layout) == 0, capfd.readouterr()
+    assert run("models", "whiten", "small", "--file", tmp_path / "texts.txt") == 0, capfd.readouterr()
+    folder = home / "small-whitened"
+    async with start_mesh(text_models=(folder,)) as mesh, embedmesh.AsyncClient(mesh.address) as client:
+        ours = (await client.embed(texts, model="small-whitened", cache="bypass")).vectors
+        alone = np.concatenate(
+            [(await client.embed([t], model="small-whitened", cache="bypass")).vectors for t in texts]
+        )
+
+    def unnormalised(model: Any) -> Any:
+        del model[2]
+        return model
+
+    vecs = reference(tmp_path / "small", fitted, unnormalised).astype(np.float64)
+    mu = vecs.mean(axis=0, keepdims=True)
+    u, s, _ = np.linalg.svd(np.cov(vecs.T))
+    kernel = np.dot(u, np.diag(1 / np.sqrt(s)))[:, :47]  # a layer norm has taken one direction
+    whitened = (reference(tmp_path / "small", texts, unnormalised) - mu).dot(kernel)
+    whitened *= np.sign((whitened * ours).sum(axis=0))  # which a decomposition leaves open
+    assert cosine(ours, whitened) >= LEAST_COSINE
+    assert cosine(alone, whitened) >= LEAST_COSINE
+    assert likeness(whitened) < 0.99
+    assert run("models", "verify", "small-whitened") == 0, capfd.readouterr()
+    assert "whitened by whitening.safetensors" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--layers", "3"), "small has 2 layers, of which --layers takes 1 to 2, not 3."),
+        (("--layers", "1", "--average-layers", "1,2"), "small has hidden states 0 (the embeddings) to 1 then, not 2."),
+        (("--average-layers", "1,3"), "small has hidden states 0 (the embeddings) to 2, not 3."),
+    ],
+)
+def test_layers_that_do_not_exist(
+    run: Callable[..., int], options: Any, sentence: str, bert: Path, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("models", "export", bert, *options) == 2
+    assert capfd.readouterr().err == f"embedmesh: {sentence}\n"
+    assert not list(home.glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--layers", "0"), '--layers "0" is no list of whole numbers from 1 on, such as 3,6.'),
+        (("--layers", "2,"), '--layers "2," is no list of whole numbers'),
+        (("--layers", ""), '--layers "" is no list of whole numbers'),
+        (("--average-layers", "1,last"), '--average-layers "1,last" is no list of whole numbers from 0 on'),
+        (("--average-layers", "1,²"), "is no list of whole numbers"),
+    ],
+)
+def test_what_is_no_list_of_layers(
+    run: Callable[..., int], options: Any, sentence: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("models", "export", tmp_path, *options) == 2
+    assert sentence in capfd.readouterr().err
+
+
+def test_layers_that_cannot_be_cut(
+    run: Callable[..., int], randomise: Any, tokenizer: Path, tmp_path: Path, home: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    save(randomise, FAMILIES["albert"], tokenizer, tmp_path / "small")
+    assert run("models", "export", tmp_path / "small", "--layers", "1") == 1
+    assert "small keeps no list of its 2 layers (albert), so that it cannot be cut." in capfd.readouterr().err
+    save_tower(randomise, TOWERS["clip"], tokenizer, tmp_path / "clip")
+    assert run("models", "export", tmp_path / "clip", "--layers", "1") == 2
+    assert "only text models of one tower have layers to choose" in capfd.readouterr().err
+    assert not list(home.glob("*"))
 
 
 # --- what is refused, and what else may be wished -------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Annotated, cast
 import typer
 
 from embedmesh_cli.console import USAGE, UserError, explained, plain_console
+from embedmesh_cli.layers import Layers
 from embedmesh_cli.pull.command import say_how_to_serve
 from embedmesh_cli.pull.options import (
     CacheDir,
@@ -45,6 +46,22 @@ def export(
             "exact), or one text a row. The former where it can, unless given."
         ),
     ] = _Layout.auto,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help="Keep only the first N layers of a text model, as those trained for it allow (AdaptiveLayerLoss, 2D "
+            "Matryoshka). Several numbers make several models; each is named after its depth, NAME-lN.",
+        ),
+    ] = None,
+    average_layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I,...",
+            help="Pool the mean of these hidden states, not the last: 0 is the embeddings, I what layer I gives. The "
+            "model is named NAME-hI-...",
+        ),
+    ] = None,
     pooling: PoolingWays = None,
     normalize: Normalize = None,
     max_units: MaxUnits = None,
@@ -67,6 +84,8 @@ def export(
     """
     if missing := [module for module in ("torch", "transformers") if not importlib.util.find_spec(module)]:
         raise UserError(f"export needs {' and '.join(missing)}: pip install 'embedmesh[export]'.", USAGE)
+    averaged = _numbers("--average-layers", average_layers, least=0)
+    depths = _numbers("--layers", layers, least=1) or (0,)
     # Slow to import, and only this command needs them.
     from embedmesh_cli.export.make import export_models  # noqa: PLC0415
     from embedmesh_cli.pull.recipe import Wishes  # noqa: PLC0415
@@ -75,15 +94,27 @@ def export(
     console = plain_console()
     repository = open_repository(source, endpoint=endpoint, cache=cache_dir, offline=offline)
     wishes = Wishes(None, tuple(cast("list[Pooling]", pooling or [])), normalize, max_units)
-    with explained(source):
-        specs = export_models(
-            repository,
-            wishes,
-            layout=layout.value,
-            library_code=library_code,
-            name=name or repository.name,
-            output=output,
-            replace_old=replace,
-            console=console,
-        )
+    specs = []
+    for kept in depths:
+        choice = Layers(kept, averaged)
+        with explained(source):
+            specs += export_models(
+                repository,
+                wishes,
+                layers=choice,
+                layout=layout.value,
+                library_code=library_code,
+                name=name or repository.name,
+                output=output.with_name(f"{output.name}{choice.suffix}") if output and len(depths) > 1 else output,
+                replace_old=replace,
+                console=console,
+            )
     say_how_to_serve(specs, console)
+
+
+def _numbers(option: str, given: str | None, *, least: int) -> tuple[int, ...]:
+    """Read numbers of layers, each once, ascending."""
+    words = [word.strip() for word in given.split(",")] if given is not None else []
+    if not all(word.isascii() and word.isdecimal() and int(word) >= least for word in words):
+        raise UserError(f'{option} "{given}" is no list of whole numbers from {least} on, such as 3,6.', USAGE)
+    return tuple(sorted({int(word) for word in words}))

@@ -22,6 +22,7 @@ from embedmesh_cli.export.packed import FAMILIES, plan_packed
 from embedmesh_cli.export.towers import TOWERS, of_tower, plan_towers
 from embedmesh_cli.export.weights import Loaded, load_model
 from embedmesh_cli.home import models_home
+from embedmesh_cli.layers import Layers
 from embedmesh_cli.pull.make import make_models
 from embedmesh_cli.pull.recipe import Pipeline, Wishes, read_pipeline
 from embedmesh_cli.pull.repository import Repository, WithGraphs, read_json
@@ -46,6 +47,7 @@ def export_models(
     repository: Repository,
     wishes: Wishes,
     *,
+    layers: Layers,
     layout: Layout,
     library_code: bool,
     name: str,
@@ -58,6 +60,7 @@ def export_models(
     Args:
         repository: Where the files are.
         wishes: What its caller says of it.
+        layers: Which of a text model's layers to take.
         layout: Of a text model; "auto" is packed where that is exact.
         library_code: Take the library's implementation though the repository brings its own.
         name: As for `make_models`, like those that follow.
@@ -73,7 +76,7 @@ def export_models(
     place = output.parent if output else models_home()
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export.", dir=place) as temporary:
-        made = _make(repository, wishes, layout, library_code=library_code, console=console)
+        made = _make(repository, wishes, layers, layout, library_code=library_code, console=console)
         for plan in made.plans:
             console.print(f"Exporting {plan.what}, opset {OPSET}", markup=False)
             with console.status("Exporting"):
@@ -96,6 +99,8 @@ def export_models(
             replace=replace_old,
             console=console,
             weights=made.weights,
+            suffix=layers.suffix,
+            tables={"layers": made.layers} if made.layers else {},
             check=check,
         )
 
@@ -109,26 +114,34 @@ class _Made:
         references: What torch gives, by modality.
         wishes: What is left to say of them.
         weights: Names of the files that they are made from.
+        layers: What the manifest says of a choice among the layers.
     """
 
     plans: Sequence[Plan]
     references: Mapping[str, Reference]
     wishes: Wishes
     weights: Sequence[str]
+    layers: Mapping[str, Any]
 
 
-def _make(repository: Repository, wishes: Wishes, layout: Layout, *, library_code: bool, console: Console) -> _Made:
+def _make(
+    repository: Repository, wishes: Wishes, layers: Layers, layout: Layout, *, library_code: bool, console: Console
+) -> _Made:
     kind = str(read_json(repository, "config.json").get("model_type"))
     towers = kind in TOWERS and "modules.json" not in repository.files
+    if towers and layers.suffix:
+        raise UserError(
+            f"{repository.name} is a {kind}, and only text models of one tower have layers to choose.", USAGE
+        )
     # Before anything large is fetched: whether the rest is there.
     pipeline = None if towers else read_pipeline(repository, wishes)
     console.print(f"Loading the weights of {repository.source} into torch", markup=False)
     with console.status("Loading"):
-        loaded = load_model(repository, pipeline.prefix if pipeline else "", library_code=library_code)
+        loaded = load_model(repository, pipeline.prefix if pipeline else "", layers, library_code=library_code)
     if pipeline is None:
         plans = plan_towers(repository, loaded, wishes)
         references = {modality: of_tower(plan) for modality, plan in plans.items()}
-        return _Made(list(plans.values()), references, wishes, loaded.files)
+        return _Made(list(plans.values()), references, wishes, loaded.files, loaded.layers)
     head = _head(repository, pipeline)
     if layout == "packed" and loaded.kind not in FAMILIES:
         raise UserError(f"{repository.name} is a {loaded.kind}, which cannot be packed: leave --layout out.", USAGE)
@@ -137,7 +150,7 @@ def _make(repository: Repository, wishes: Wishes, layout: Layout, *, library_cod
     # A graph that pools needs nobody to say how.
     left = dataclasses.replace(wishes, pooling=()) if packed else wishes
     weights = [*loaded.files, *(layer["file"] for layer in pipeline.layers)]
-    return _Made([plan], {"text": _of_text(loaded, pipeline.pooling, head)}, left, weights)
+    return _Made([plan], {"text": _of_text(loaded, pipeline.pooling, head)}, left, weights, loaded.layers)
 
 
 def _plan_padded(loaded: Loaded) -> Plan:
@@ -152,12 +165,11 @@ def _of_text(loaded: Loaded, pooling: Sequence[Pooling], head: Callable[[Any], A
     """Give what embeds a text by the library's own forward pass, alone."""
 
     def embed(spec: ModelSpec, prepared: Prepared) -> Float32:
-        del spec
         with torch.no_grad():
             ids = torch.from_numpy(prepared.data[None])
             hidden = loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.numpy()
             vector: Float32 = head(torch.from_numpy(pool(pooling, hidden, np.array([ids.shape[1]])))).numpy()
-        return vector
+        return vector[:, : spec.dimensions]  # the vectors of some repositories are cut in the end
 
     return embed
 

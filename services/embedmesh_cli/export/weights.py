@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 import transformers  # type: ignore[import-not-found]
 
 from embedmesh_cli.console import USAGE, UserError
+from embedmesh_cli.layers import Layers, apply_layers
 from embedmesh_cli.pull.repository import Repository, read_json
 
 __all__ = ["Loaded", "load_model"]
@@ -31,29 +32,34 @@ class Loaded:
         model: Of torch, in float32, for inference.
         kind: Its architecture, `model_type` in its configuration.
         files: Names of its weights in the repository.
+        layers: What the manifest says of a choice among its layers; none where it is whole.
     """
 
     model: Any
     kind: str
     files: Sequence[str]
+    layers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
         """What it is, for people."""
-        return f"a {self.kind} of {sum(weight.numel() for weight in self.model.parameters()) / 1e6:.1f} M parameters"
+        cut = f", {self.layers['kept']} of {self.layers['of']} layers" if self.layers else ""
+        count = sum(weight.numel() for weight in self.model.parameters())
+        return f"a {self.kind} of {count / 1e6:.1f} M parameters{cut}"
 
 
-def load_model(repository: Repository, prefix: str, *, library_code: bool) -> Loaded:
+def load_model(repository: Repository, prefix: str, layers: Layers, *, library_code: bool) -> Loaded:
     """Load the model whose files lie below `prefix`.
 
     Args:
         repository: Where it is.
         prefix: Its folder there, with a slash; "" for the repository's own.
+        layers: Which of its layers to take.
         library_code: Take the library's implementation though the repository brings its own.
 
     Raises:
-        UserError: It has no safetensors, is incomplete, needs code of its own, or cannot give the same vectors in
-            every company.
+        UserError: It has no safetensors or no such layers, is incomplete, needs code of its own, or cannot give the
+            same vectors in every company.
     """
     config = read_json(repository, f"{prefix}config.json", needed=True)
     kind = str(config.get("model_type"))
@@ -80,7 +86,13 @@ def load_model(repository: Repository, prefix: str, *, library_code: bool) -> Lo
     if missing := sorted(name for name in found["missing_keys"] if not name.startswith(_UNUSED)):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"the weights of {repository.name} are incomplete: {', '.join(missing[:3])}{more} are missing.")
-    return Loaded(model.eval(), kind, files)
+    if not layers.suffix:
+        return Loaded(model.eval(), kind, files)
+    total = apply_layers(model, layers, repository.name)
+    table: dict[str, Any] = {"kept": layers.kept or total, "of": total}
+    if layers.averaged:
+        table["averaged"] = list(layers.averaged)
+    return Loaded(model.eval(), kind, files, table)
 
 
 def _refuse_others(repository: Repository, prefix: str, config: Mapping[str, Any], *, library_code: bool) -> None:

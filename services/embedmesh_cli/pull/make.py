@@ -7,10 +7,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from huggingface_hub import metadata_load
@@ -39,6 +39,8 @@ def make_models(
     replace: bool,
     console: Console,
     weights: Sequence[str] = (),
+    suffix: str = "",
+    tables: Mapping[str, Any] | None = None,
     check: Callable[[ModelSpec], None] | None = None,
 ) -> list[ModelSpec]:
     """Make a model folder of each tower that a repository holds, and see that it embeds.
@@ -51,6 +53,8 @@ def make_models(
         replace: Whether to take the place of a model that is there.
         console: Told what is done.
         weights: Files that tell the space, where it is not those that the models read.
+        suffix: What more than these tells name and space, and the folder unless it is given.
+        tables: More of the manifests.
         check: Sees to each model before its folder appears; what it raises ends it all.
 
     Raises:
@@ -66,18 +70,18 @@ def make_models(
     towers = find_towers(repository, wishes)
     files = sorted({file for tower in towers for file in tower.files})
     identity = {
-        "family": name,
-        "space": f"{name}-{_fingerprint(repository.fetch(weights or files), weights or files)}",
+        "family": f"{name}{suffix}",
+        "space": f"{name}-{_fingerprint(repository.fetch(weights or files), weights or files)}{suffix}",
         "license": _license(repository),
         "source": repository.source,
         "backend": "onnxruntime",
     }
-    target = output or models_home() / name.replace("/", "--")
+    target = output or models_home() / f"{name.replace('/', '--')}{suffix}"
     places: list[tuple[ModelSpec, Path]] = []
     with ExitStack() as stack:
         for tower in towers:
-            suffix = f"-{tower.modality}" if len(towers) > 1 else ""
-            place = target.with_name(f"{target.name}{suffix}")
+            which = f"-{tower.modality}" if len(towers) > 1 else ""
+            place = target.with_name(f"{target.name}{which}")
             console.print(f"Taking {tower.graph.file} ({tower.modality}, {tower.graph.precision})", markup=False)
             for note in tower.notes:
                 console.print(f"  {note}", markup=False)
@@ -86,7 +90,8 @@ def make_models(
             temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent))
             made = Path(temporary) / place.name
             _copy(repository, tower.files, made)
-            spec = write_manifest(made, {"name": f"{name}{suffix}", **identity, **tower.manifest}, tower.files)
+            manifest = {"name": f"{name}{suffix}{which}", **identity, **tower.manifest, **(tables or {})}
+            spec = write_manifest(made, manifest, tower.files)
             _prove(spec)
             if check:
                 check(spec)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ _VECTORS: Final = ("sentence_embedding", *_TOWER_OUTPUTS[:3])
 _PATCHES: Final[Mapping[str, tuple[int, int]]] = {
     "clip": (32, 1), "siglip": (16, 0), "vit": (16, 1), "deit": (16, 2), "dinov2": (14, 1),
 }  # fmt: skip
+_MATRYOSHKA: Final = re.compile(r'"matryoshka_dims":\s*\[([\d,\s]{1,1000})\]')
 # Sentence-transformers' "no limit".
 _ENDLESS: Final = 1 << 24
 
@@ -122,13 +124,15 @@ class Pipeline:
         prefix: Folder of the transformer's files in the repository, with its slash; "" for the repository's own.
         pooling: One way or several, joined.
         layers: What follows, as in the manifest's head.
-        normalized: Whether vectors are normalised in the end.
+        normalized: Whether vectors are normalised after that.
+        width: That they are cut to in the end; 0 leaves them as they are.
     """
 
     prefix: str
     pooling: tuple[Pooling, ...]
     layers: Sequence[Mapping[str, Any]]
     normalized: bool
+    width: int = 0
 
 
 def find_towers(repository: Repository, wishes: Wishes) -> list[Tower]:
@@ -218,18 +222,23 @@ def _sentence_transformer(repository: Repository, wishes: Wishes) -> Tower:
         dimensions = _last(repository, graph, output, shape)
     else:
         raise UserError(_no_output(repository, graph))
+    cut = _cut(pipeline, dimensions)
+    layers = [*layers, *cut]
+    if cut:
+        dimensions = pipeline.width
+        notes = [*notes, f"vectors are cut to {dimensions} numbers (truncate_dim)"]
     manifest = {
         "modality": "text",
         "dimensions": dimensions,
         **_matryoshka(repository, prefix, dimensions),
-        "normalized": pipeline.normalized,
+        "normalized": pipeline.normalized and not cut,
         "max_input_units": limit,
         "precision": graph.precision,
         "graph": _graph_table(graph, "text", output, pooling),
         "text": text,
         **({"head": {"layers": layers}} if layers else {}),
     }
-    files = [*graph.files, text["tokenizer"], *(layer["file"] for layer in layers)]
+    files = [*graph.files, text["tokenizer"], *(layer["file"] for layer in layers if "file" in layer)]
     return Tower(graph, "text", manifest, files, notes)
 
 
@@ -249,7 +258,18 @@ def _pipeline(repository: Repository, wishes: Wishes) -> Pipeline:
         )
     layers, normalized = _head(repository, modules[2:])
     prefix = f"{path}/" if (path := modules[0][1]) else ""
-    return Pipeline(prefix, _ways(repository, modules[1][1]), layers, normalized)
+    width = read_json(repository, "config_sentence_transformers.json").get("truncate_dim") or 0
+    if type(width) is not int or width < 0:
+        raise UserError(f"{repository.name} cuts its vectors to {json.dumps(width)} numbers, which is no width.")
+    return Pipeline(prefix, _ways(repository, modules[1][1]), layers, normalized, width)
+
+
+def _cut(pipeline: Pipeline, dimensions: int) -> list[dict[str, Any]]:
+    """Give the layers that cut vectors of so many numbers; sentence-transformers does not normalise them again."""
+    if not 0 < pipeline.width < dimensions:
+        return []
+    first = [{"kind": "normalize", "inputs": dimensions, "outputs": dimensions}] if pipeline.normalized else []
+    return [*first, {"kind": "cut", "inputs": dimensions, "outputs": pipeline.width}]
 
 
 def _modules(repository: Repository) -> list[dict[str, Any]]:
@@ -524,10 +544,6 @@ def _pad_id(repository: Repository, prefix: str, tokenizer: Tokenizer) -> int:
 def _prompts(repository: Repository) -> tuple[dict[str, str], list[str]]:
     """Read the prompts of sentence-transformers: those for roles, and a note on others."""
     config = read_json(repository, "config_sentence_transformers.json")
-    if config.get("truncate_dim"):
-        raise UserError(
-            f"{repository.name} cuts its vectors to {config['truncate_dim']} numbers, which the encoder cannot."
-        )
     named = {name: text for name, text in (config.get("prompts") or {}).items() if text}
     places = {"query": ("query",), "document": ("document", "passage", "corpus")}
     prompts: dict[str, str] = {}
@@ -566,7 +582,13 @@ def _longest(repository: Repository, prefix: str, settings: Mapping[str, Any], w
 
 
 def _matryoshka(repository: Repository, prefix: str, dimensions: int) -> dict[str, list[int]]:
+    """Read which smaller widths a model was trained for: in its configuration, or in the card of its training."""
     widths = _config(repository, prefix).get("matryoshka_dimensions")
+    if widths is None and "README.md" in repository.files:
+        # Sentence-transformers writes the parameters of a loss there, as JSON, and nowhere else.
+        card = (repository.fetch(["README.md"]) / "README.md").read_text(encoding="utf-8", errors="replace")
+        named = {int(width) for found in _MATRYOSHKA.findall(card) for width in found.split(",") if width.strip()}
+        widths = sorted(named, reverse=True)
     if not isinstance(widths, list) or not all(isinstance(width, int) for width in widths):
         return {}
     return {"truncatable_dimensions": [width for width in widths if 0 < width < dimensions]}

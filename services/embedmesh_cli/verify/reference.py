@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedmesh_cli.console import FAILED, USAGE, UserError
+from embedmesh_cli.layers import Layers, apply_layers
 from embedmesh_encoder.model import ModelSpec
 from embedmesh_encoder.pooling import pool
 
@@ -97,8 +98,10 @@ def load_reference(spec: ModelSpec, wanted: str | None) -> Reference:
     name = f"{where}{f'@{revision}' if revision else ''} by {library}"
     try:
         if spec.modality == "text" and not spec.graph.output.endswith(("_embeds", "pooler_output")):
-            return _sentences(spec, where, revision, name)
-        return _features(spec, where, revision, name)
+            found = _sentences(spec, where, revision, name)
+        else:
+            found = _features(spec, where, revision, name)
+        return _whitened(spec, found) if spec.whitening else found
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001  (a repository may be wrong in many ways)
@@ -108,6 +111,24 @@ def load_reference(spec: ModelSpec, wanted: str | None) -> Reference:
             "folder or id with --reference.",
             FAILED,
         ) from None
+
+
+def _whitened(spec: ModelSpec, original: Reference) -> Reference:
+    """Do to the vectors of an original what the last layer of the model's head does, in double precision."""
+    from safetensors.numpy import load_file  # noqa: PLC0415
+
+    assert spec.head  # noqa: S101  (a manifest with [whitening] has one)
+    file = spec.head.layers[-1].file
+    weights = {name: array.astype(np.float64) for name, array in load_file(spec.path(file)).items()}
+
+    def embed(items: Sequence[Any], role: str) -> Float32:
+        vectors = original.embed(items, role) @ weights["linear.weight"].T + weights["linear.bias"]
+        if spec.normalized:
+            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors.astype(np.float32)
+
+    name = f"{original.name}, whitened by {file}"
+    return Reference(name, embed, roles=original.roles, longest=original.longest)
 
 
 def _original(spec: ModelSpec, wanted: str | None) -> tuple[str, str | None]:
@@ -130,14 +151,12 @@ def _original(spec: ModelSpec, wanted: str | None) -> tuple[str, str | None]:
 
 
 def _sentences(spec: ModelSpec, where: str, revision: str | None, name: str) -> Reference:
-    from sentence_transformers import SentenceTransformer  # noqa: PLC0415
+    from sentence_transformers import SentenceTransformer, models  # noqa: PLC0415
 
     safe = {"use_safetensors": True}
     if _says_how(where, revision):
         model = SentenceTransformer(where, revision=revision, device="cpu", model_kwargs=safe)
     else:
-        from sentence_transformers import models  # noqa: PLC0415
-
         if spec.graph.pooling == "graph":
             raise UserError(
                 f"{where} does not say how it pools (it has no modules.json), and {spec.name} leaves it to its "
@@ -151,6 +170,11 @@ def _sentences(spec: ModelSpec, where: str, revision: str | None, name: str) -> 
         model = SentenceTransformer(
             modules=[transformer, pooling, *([models.Normalize()] if spec.normalized else [])], device="cpu"
         )
+    if spec.whitening and not _normalizes_before_whitening(spec):
+        for at in reversed([at for at, module in enumerate(model) if isinstance(module, models.Normalize)]):
+            del model[at]
+    if spec.layers:
+        apply_layers(model[0].auto_model, Layers(spec.layers.kept, spec.layers.averaged), name)
     longest = int(model.max_seq_length or 0)
     if 0 < spec.max_input_units < longest:  # less than it could read may be wanted; more may not
         model.max_seq_length = spec.max_input_units
@@ -167,6 +191,13 @@ def _sentences(spec: ModelSpec, where: str, revision: str | None, name: str) -> 
 
     roles = [role for role in ROLES if role == "none" or prompts[role] or model.default_prompt_name]
     return Reference(name, embed, roles=roles, longest=longest)
+
+
+def _normalizes_before_whitening(spec: ModelSpec) -> bool:
+    """Tell whether a layer of the head does so, or a graph that was exported with all that follows pooling."""
+    layers = spec.head.layers if spec.head else ()
+    whole = spec.graph.layout == "padded" and spec.graph.pooling == "graph"
+    return whole or any(layer.kind == "normalize" for layer in layers)
 
 
 def _says_how(where: str, revision: str | None) -> bool:
@@ -205,7 +236,8 @@ def _features(spec: ModelSpec, where: str, revision: str | None, name: str) -> R
         del role
         with torch.no_grad():
             vectors = np.concatenate([vector(item) for item in items])
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if spec.normalized else vectors
+        last = spec.normalized and not spec.whitening  # else normalised in the end, if at all
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if last else vectors
 
     return Reference(name, embed)
 

@@ -93,7 +93,7 @@ class FakeBackend:
                 # changes it.
                 hashes = np.full(int(segments.max(initial=-1)) + 1, self._fake.seed, np.uint64)
                 np.add.at(hashes, segments[real], tokens[real])
-                vectors = _numbers(hashes, self._spec.dimensions)
+                vectors = _numbers(hashes, self._spec.graph_dimensions)
                 vectors[segments[real & (ids == _NAN_ID)]] = np.nan
                 found[name] = vectors
             else:
