@@ -21,13 +21,14 @@ compile() {
         --no-emit-find-links --output-file "$out" "$@"
 }
 
-compile dev.txt --upgrade --only-binary :all: --extra cli --extra bench --group dev pyproject.toml
+compile dev.txt --upgrade --only-binary :all: --extra cli --extra bench --extra tracing --group dev pyproject.toml
 compile serve.txt --upgrade --only-binary :all: --extra cli --group build --constraints requirements/dev.txt pyproject.toml
 compile client.txt --upgrade --only-binary :all: --constraints requirements/dev.txt pyproject.toml
-compile gateway.txt --upgrade --only-binary :all: --extra gateway --constraints requirements/dev.txt pyproject.toml
-compile encoder.txt --upgrade --only-binary :all: --extra encoder --extra openvino --extra triton \
+compile gateway.txt --upgrade --only-binary :all: --extra gateway --extra tracing --constraints requirements/dev.txt pyproject.toml
+compile encoder.txt --upgrade --only-binary :all: --extra encoder --extra openvino --extra triton --extra tracing \
     --constraints requirements/dev.txt pyproject.toml
-compile gpu.txt --upgrade --only-binary :all: --extra gpu --extra triton --constraints requirements/dev.txt pyproject.toml
+compile gpu.txt --upgrade --only-binary :all: --extra gpu --extra triton --extra tracing \
+    --constraints requirements/dev.txt pyproject.toml
 compile build.txt --upgrade --only-binary :all: --constraints requirements/dev.txt --group pyproject.toml:build
 compile deploy.txt --upgrade --only-binary :all: --group pyproject.toml:deploy
 compile starter.txt --upgrade --constraints requirements/dev.txt --group pyproject.toml:starter
