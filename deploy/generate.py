@@ -26,7 +26,10 @@ CHART: Final = Path(__file__).resolve().parent / "chart"
 BEGIN, END = "<!-- values: made by deploy/generate.py -->\n", "<!-- end -->\n"
 
 # The chart gives these itself: addresses, models, and what it learns from other values.
-_OWN: Final = {"host", "port", "http_port", "ready_file", "model", "tls_cert", "tls_key", "tls_client_ca"}
+_OWN: Final = {
+    *("host", "port", "http_port", "ready_file", "model", "tls_cert", "tls_key", "tls_client_ca"),
+    *("tracing", "trace_ratio"),
+}
 _OWN_OF_GATEWAY: Final = {
     *("text_target", "image_target", "audio_target", "redis_url", "keys_file"),
     *("upstream_tls_ca", "upstream_tls_cert", "upstream_tls_key"),
@@ -51,6 +54,8 @@ _NARROWED: Final[dict[str, dict[str, Any]]] = {
     "mountPath": {"pattern": "^/.*[^/]$"},
     "sizeLimit": {"pattern": _QUANTITY},
     "maxmemory": {"pattern": "^[0-9]+([kmg]b?)?$"},
+    "endpoint": {"pattern": "^(https?://.+)?$"},
+    "ratio": {"minimum": 0, "maximum": 1},
     "prometheusAddress": {"pattern": "^(https?://.+)?$"},
     "interval": {"pattern": "^[0-9]+(ms|s|m)$"},
     "latencyTargetSeconds": {"type": "number", "exclusiveMinimum": 0},

@@ -15,6 +15,7 @@ from embedmesh_server import logs
 from embedmesh_server.files import FileError
 from embedmesh_server.node import BindError, stop_on_signal
 from embedmesh_server.settings import load
+from embedmesh_server.tracing import TracingError
 
 __all__ = ["main"]
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logs.configure(settings.log_level, settings.log_format, "gateway")
     try:
         asyncio.run(_serve(settings))
-    except (BindError, FileError, WorkerError) as error:
+    except (BindError, FileError, TracingError, WorkerError) as error:
         sys.stderr.write(f"embedmesh-gateway: {error}\n")
         raise SystemExit(1) from None
 

@@ -54,6 +54,7 @@ from embedmesh_gateway.keys import cache_key, cache_keys
 from embedmesh_gateway.tenants import Tenant
 from embedmesh_gateway.upstream import Answer, Upstream, broken, is_whole
 from embedmesh_server.metrics import GatewayMetrics
+from embedmesh_server.tracing import NO_TRACING, Tracing
 
 __all__ = ["Router"]
 
@@ -162,6 +163,7 @@ class Router:
         max_inputs: Most inputs in one request.
         max_inflight_inputs: See `Admission`.
         max_message_bytes: The largest answer.
+        tracing: Records stages.
     """
 
     def __init__(
@@ -174,7 +176,9 @@ class Router:
         max_inputs: int,
         max_inflight_inputs: int,
         max_message_bytes: int,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
+        self._tracing = tracing
         self._catalog, self._upstreams, self._cache, self._metrics = catalog, upstreams, cache, metrics
         self._max_inputs = max_inputs
         self._answer_bytes = max_message_bytes - _MESSAGE_SLACK
@@ -208,6 +212,8 @@ class Router:
             QuotaExceeded: The tenant has used its quotas up.
             EmbedMeshError: No input could be tried, all for the same reason.
         """
+        if self._tracing.on:
+            self._tracing.note(inputs=len(request.inputs))
         self._check(request)
         priority = request.priority or priority
         if tenant is None:
@@ -233,7 +239,17 @@ class Router:
                 group.inputs.append(getattr(given, modality))
             await self._plan(request, groups.values(), priority=priority, patient=patient, deadline=deadline)
             await _together(*(self._answer(group) for group in groups.values() if group.plan is not None))
-            return self._assemble(request, list(groups.values()))
+            response = self._assemble(request, list(groups.values()))
+            if self._tracing.on:
+                self._tracing.note(
+                    modalities=list(groups),
+                    models=[model.name for model in response.models],
+                    revisions=[model.revision for model in response.models],
+                    units=response.usage.input_units,
+                    cached=response.usage.cached_inputs,
+                    failed=response.usage.failed_inputs,
+                )
+            return response
 
     def _full(self, n: int, admission: Admission, pause: float) -> Overloaded:
         self._metrics.refused_inputs.inc(n)
@@ -373,8 +389,9 @@ class Router:
 
         try:
             if not plan.fresh:
-                with self._stage("cache_get"):
+                with self._stage("cache_get"), self._tracing.span("cache.get") as span:
                     payloads = await self._cache.from_redis(list(items))
+                    span.set(inputs=len(items), cached=len(payloads) - payloads.count(None))
                 land(self._hits(plan, items, payloads, partial))
             missing = [(key, item) for key, item in items.items() if key not in found]
             if missing:
@@ -396,9 +413,11 @@ class Router:
         self, plan: _Plan, items: Mapping[bytes, Message], flights: Mapping[bytes, _Flight]
     ) -> dict[bytes, _Outcome]:
         left = plan.deadline - asyncio.get_running_loop().time()
-        await asyncio.wait(
-            {flight.landed for flight in flights.values()}, timeout=None if left == float("inf") else max(0.0, left)
-        )
+        with self._tracing.span("inflight.wait") as span:
+            span.set(inputs=len(items))
+            await asyncio.wait(
+                {flight.landed for flight in flights.values()}, timeout=None if left == float("inf") else max(0.0, left)
+            )
         found: dict[bytes, _Outcome] = {}
         again: dict[bytes, Message] = {}
         for key, flight in flights.items():
@@ -468,7 +487,7 @@ class Router:
         return answer
 
     def _keep(self, plan: _Plan, items: Mapping[bytes, Message], outcomes: Mapping[bytes, _Outcome]) -> None:
-        with self._stage("cache_set"):
+        with self._stage("cache_set"), self._tracing.span("cache.set") as span:
             kept: list[tuple[bytes, bytes]] = []
             for key, outcome in outcomes.items():
                 if isinstance(outcome, EmbedMeshError) or outcome.result.HasField("error"):
@@ -477,6 +496,7 @@ class Router:
                 if made_by.revision != plan.info.model.revision or made_by.space != plan.info.model.space:
                     key = cache_key(made_by, plan.modality, plan.truncation, items[key])  # noqa: PLW2901
                 kept.append((key, outcome.result.SerializeToString()))
+            span.set(inputs=len(kept))
             self._cache.set_many(kept)
 
     # Assembling.

@@ -10,13 +10,14 @@ from typing import Any
 
 import grpc
 
-from embedmesh.errors import EmbedMeshError, InternalError, InvalidRequest, to_status
+from embedmesh.errors import EmbedMeshError, InternalError, InvalidRequest, from_status, to_status
 from embedmesh.v1 import catalog_pb2, catalog_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh_gateway.catalog import Catalog
 from embedmesh_gateway.router import Router
 from embedmesh_gateway.tenants import Tenant
 from embedmesh_server.interceptor import deadline_of, request_id
+from embedmesh_server.tracing import NO_TRACING, Tracing
 
 __all__ = ["CatalogServicer", "GatewayServicer"]
 
@@ -33,6 +34,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         default_timeout: Seconds that a call without deadline, or a chunk of a stream without, may take.
         stream_window: Chunks of one stream in service at a time.
         caller: Says whose call is being served, if there are keys; may raise EmbedMeshError.
+        tracing: Records chunks of streams.
     """
 
     def __init__(
@@ -42,11 +44,13 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         default_timeout: float,
         stream_window: int,
         caller: Callable[[], Tenant | None] = lambda: None,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self._router = router
         self._default_timeout = default_timeout
         self._stream_window = stream_window
         self._caller = caller
+        self._tracing = tracing
 
     async def Embed(self, request: gateway_pb2.EmbedRequest, context: _Context) -> gateway_pb2.EmbedResponse:
         """Answer one request."""
@@ -69,7 +73,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         chunks: set[asyncio.Task[None]] = set()
 
         async def serve(message: gateway_pb2.EmbedStreamRequest) -> None:
-            answers.put_nowait(await self._chunk(message, deadline))
+            with self._tracing.span("chunk") as span:
+                answer = await self._chunk(message, deadline)
+                if answer.HasField("error"):
+                    span.answer(from_status(answer.error).code)
+            answers.put_nowait(answer)
 
         async def read() -> None:
             try:

@@ -27,6 +27,7 @@ from embedmesh_server.files import Followed
 from embedmesh_server.interceptor import REQUEST_ID_KEY, request_id
 from embedmesh_server.metrics import GatewayMetrics
 from embedmesh_server.tls import Identity
+from embedmesh_server.tracing import NO_TRACING, Tracing
 
 __all__ = ["MODALITIES", "Answer", "Upstream", "broken", "is_whole"]
 
@@ -104,6 +105,7 @@ class Upstream:
         metrics: Counts calls and inputs.
         tls: What to show, and whom to trust; None calls without TLS.
         tls_name: Name in the encoders' certificates, where it is not the target's host.
+        tracing: Records calls.
     """
 
     def __init__(
@@ -116,14 +118,16 @@ class Upstream:
         metrics: GatewayMetrics,
         tls: Followed[Identity] | None = None,
         tls_name: str = "",
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self.modality = modality
         self.target = target
         self.max_message_bytes = max_message_bytes
         self._longest_call = longest_call
         self._metrics = metrics
-        _, self._request_type, _ = _METHODS[modality]
+        self._path, self._request_type, _ = _METHODS[modality]
         self._tls = tls
+        self._tracing = tracing
         self._options = [
             ("grpc.service_config", _SERVICE_CONFIG),
             ("grpc.service_config_disable_resolution", 1),
@@ -226,7 +230,8 @@ class Upstream:
             EmbedMeshError: None answered; a note says how gRPC puts it.
         """
         try:
-            response = await self._list(catalog_pb2.ListModelsRequest(), timeout=within)
+            with self._tracing.call(_LIST_MODELS) as span:
+                response = await self._list(catalog_pb2.ListModelsRequest(), timeout=within, metadata=span.metadata)
         except grpc.aio.AioRpcError as error:
             mapped = self._mapped(error)
             mapped.add_note(error.details() or "")
@@ -273,18 +278,21 @@ class Upstream:
         )
         self._metrics.upstream_inputs.labels(self.modality).inc(len(inputs))
         code = grpc.StatusCode.CANCELLED
-        try:
-            response = await self._embed(
-                request,
-                timeout=left if math.isfinite(left) else self._longest_call,
-                metadata=((REQUEST_ID_KEY, request_id()),),
-            )
-            code = grpc.StatusCode.OK
-        except grpc.aio.AioRpcError as error:
-            code = error.code()
-            raise self._mapped(error) from None
-        finally:
-            self._metrics.upstream_requests.labels(self.modality, code.name).inc()
+        with self._tracing.call(self._path) as span:
+            span.set(modality=self.modality, inputs=len(inputs))
+            try:
+                response = await self._embed(
+                    request,
+                    timeout=left if math.isfinite(left) else self._longest_call,
+                    metadata=((REQUEST_ID_KEY, request_id()), *span.metadata),
+                )
+                code = grpc.StatusCode.OK
+            except grpc.aio.AioRpcError as error:
+                code = error.code()
+                raise self._mapped(error) from None
+            finally:
+                span.answer(code)
+                self._metrics.upstream_requests.labels(self.modality, code.name).inc()
         return self._checked(response, len(inputs))
 
     def _mapped(self, error: grpc.aio.AioRpcError) -> EmbedMeshError:

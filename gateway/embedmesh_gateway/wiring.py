@@ -22,10 +22,11 @@ from embedmesh_gateway.settings import GatewaySettings
 from embedmesh_gateway.tenants import Tenants, read_keys
 from embedmesh_gateway.upstream import Upstream
 from embedmesh_gateway.workers import stop_with_parent
-from embedmesh_server import logs, tls
+from embedmesh_server import logs, tls, tracing
 from embedmesh_server.files import FileError, Files, Followed
 from embedmesh_server.metrics import FileMetrics, GatewayMetrics
 from embedmesh_server.node import BindError, Node, stop_on_signal
+from embedmesh_server.tracing import TracingError
 
 __all__ = ["running", "work"]
 
@@ -41,8 +42,16 @@ async def running(
 
     It becomes ready with the first ready model, and stays so while encoders come and go: what is cached
     can be answered without them, and the rest gets an error that says which encoder is missing.
+
+    Raises:
+        BindError: A port is taken or not allowed.
+        FileError: A file cannot be used.
+        TracingError: Tracing is asked for and cannot be had.
     """
     metrics = GatewayMetrics(registry)
+    spans = tracing.start(settings, "gateway")
+    if spans.on:
+        logs.stamp(spans.ids)
     files = Files(FileMetrics(registry))
     tenants: Tenants | None = None
     if settings.keys_file is not None:
@@ -74,6 +83,7 @@ async def running(
                     metrics=metrics,
                     tls=upstream_tls,
                     tls_name=settings.upstream_tls_name,
+                    tracing=spans,
                 )
             )
             for modality, target in settings.targets.items()
@@ -86,6 +96,7 @@ async def running(
             authenticate=tenants.authenticate if tenants else None,
             files=files,
             share_port=share_port,
+            tracing=spans,
         )
         catalog = Catalog(
             upstreams,
@@ -101,6 +112,7 @@ async def running(
             max_inputs=settings.max_inputs,
             max_inflight_inputs=settings.max_inflight_inputs,
             max_message_bytes=settings.max_message_bytes,
+            tracing=spans,
         )
         gateway_pb2_grpc.add_GatewayServicer_to_server(
             GatewayServicer(
@@ -108,6 +120,7 @@ async def running(
                 default_timeout=settings.default_timeout_seconds,
                 stream_window=settings.stream_window,
                 caller=tenants.caller if tenants else lambda: None,
+                tracing=spans,
             ),
             node.server,
         )
@@ -133,5 +146,5 @@ def work(settings: GatewaySettings, listening: Connection) -> None:
     logs.configure(settings.log_level, settings.log_format, "gateway")
     try:
         asyncio.run(serve())
-    except (BindError, FileError) as error:
+    except (BindError, FileError, TracingError) as error:
         sys.exit(f"embedmesh-gateway: {error}")

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -21,6 +22,17 @@ _DEFAULT_PORT: Final = 50050
 _SCHEME = re.compile(r"^(dns|ipv4|ipv6|unix|unix-abstract|xds):")
 # gRPC makes no more than five attempts at a call, whatever is asked for.
 MOST_RETRIES: Final = 4
+
+
+def trace_metadata() -> tuple[tuple[str, str], ...]:
+    """Give what carries the caller's trace on, where OpenTelemetry is in use; elsewhere nothing is imported."""
+    if "opentelemetry.trace" not in sys.modules:
+        return ()
+    from opentelemetry.propagate import inject  # noqa: PLC0415  (whoever traces has it)
+
+    carrier: dict[str, str] = {}
+    inject(carrier)
+    return tuple((key.lower(), value) for key, value in carrier.items())
 
 
 @dataclass(frozen=True, slots=True)

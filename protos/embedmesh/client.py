@@ -26,7 +26,7 @@ import grpc
 import grpc.aio
 
 from embedmesh import _plan
-from embedmesh._channel import Tls, endpoint
+from embedmesh._channel import Tls, endpoint, trace_metadata
 from embedmesh._plan import CacheName, DtypeName, KindName, Options, Part, Plan, PriorityName, TruncationName
 from embedmesh.errors import EmbedMeshError, NotReady, from_rpc_error
 from embedmesh.inputs import Input, Role
@@ -90,7 +90,6 @@ class _Base(ABC):
             retries=retries,
             max_message_bytes=max_message_bytes,
         )
-        self._metadata = self._endpoint.metadata
         self._max_inputs = max_inputs
         self._concurrency = concurrency
         self._retries = retries
@@ -103,6 +102,11 @@ class _Base(ABC):
     @abstractmethod
     def _connect(self) -> None:
         """Prepare what the calls need."""
+
+    @property
+    def _metadata(self) -> _Metadata:
+        """What is sent with the next call."""
+        return (*self._endpoint.metadata, *trace_metadata())
 
     def __repr__(self) -> str:
         tls = "on" if self._endpoint.credentials else "off"

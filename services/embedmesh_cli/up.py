@@ -143,6 +143,26 @@ def up(
         Path | None,
         typer.Option(metavar="DIR", show_envvar=False, help="Keep the logs of the roles here, one file each."),
     ] = None,
+    tracing: Annotated[
+        bool,
+        typer.Option(
+            "--tracing",
+            show_envvar=False,
+            help="Record spans of calls and send them by OTLP, where the OTEL_ variables of OpenTelemetry say; "
+            "needs embedmesh[tracing].",
+        ),
+    ] = False,
+    trace_ratio: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="RATIO",
+            show_envvar=False,
+            help="Part of the calls to record whose callers have not decided that; by default what "
+            "OTEL_TRACES_SAMPLER says, else 0.01.",
+        ),
+    ] = None,
     _config: Annotated[
         Path | None,
         typer.Option(
@@ -170,6 +190,8 @@ def up(
         named = {"text": text_model or [], "image": image_model or [], "audio": audio_model or []}
         _require_sense(named, set(without or ()))
         folders = _folders(named, set(without or ()), fake=_fake_model(stack) if backend == "fake" else None)
+        common: dict[str, object] = {"tracing": True} if tracing else {}
+        common |= {} if trace_ratio is None else {"trace_ratio": trace_ratio}
         options = MeshOptions(
             text_models=folders["text"],
             image_models=folders["image"],
@@ -181,7 +203,10 @@ def up(
             redis=redis,
             config=_config,
             log_dir=log_dir,
-            text={} if backend == "auto" else {"backend": backend},
+            gateway=common,
+            text=common if backend == "auto" else {**common, "backend": backend},
+            image=common,
+            audio=common,
         )
         try:
             asyncio.run(_run(options, console))

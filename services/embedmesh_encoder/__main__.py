@@ -43,11 +43,12 @@ from embedmesh_encoder.service import (
     TextEncoderServicer,
 )
 from embedmesh_encoder.settings import EncoderSettings
-from embedmesh_server import logs
+from embedmesh_server import logs, tracing
 from embedmesh_server.files import FileError
 from embedmesh_server.metrics import EncoderMetrics
 from embedmesh_server.node import BindError, Node, stop_on_signal
 from embedmesh_server.settings import load
+from embedmesh_server.tracing import Tracing, TracingError
 
 _log = logging.getLogger("embedmesh_encoder")
 
@@ -140,7 +141,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "why": choice.why,
             },
         )
-    status, hung = asyncio.run(_serve(settings, models, modality))
+    try:
+        spans = tracing.start(settings, modality)
+    except TracingError as error:
+        return _misused(str(error))
+    if spans.on:
+        logs.stamp(spans.ids)
+    status, hung = asyncio.run(_serve(settings, models, modality, spans))
     if hung:
         # The interpreter would wait for ever for the thread in which the backend hangs.
         _log.error("a batch still runs in the backend, leaving it behind")
@@ -177,18 +184,19 @@ def _read_specs(settings: EncoderSettings, modality: str) -> list[Choice]:
     return choices
 
 
-async def _serve(settings: EncoderSettings, models: Models, modality: str) -> tuple[int, bool]:
+async def _serve(settings: EncoderSettings, models: Models, modality: str, spans: Tracing) -> tuple[int, bool]:
     """Serve until a signal; gives the exit status, and whether a backend hangs."""
     stop = stop_on_signal()
     kind = _MODALITIES[modality]
     registry = CollectorRegistry()
     metrics = EncoderMetrics(registry)
-    node = Node(settings, role=modality, registry=registry, services=[kind.service, CATALOG_SERVICE])
+    node = Node(settings, role=modality, registry=registry, services=[kind.service, CATALOG_SERVICE], tracing=spans)
     service = EmbedService(
         models,
         metrics,
         max_inputs=settings.max_inputs,
         default_timeout_seconds=settings.default_timeout_seconds,
+        tracing=spans,
     )
     kind.add_servicer(service, node.server)
     catalog_pb2_grpc.add_ModelCatalogServicer_to_server(
@@ -202,7 +210,7 @@ async def _serve(settings: EncoderSettings, models: Models, modality: str) -> tu
     # Probes are answered from here on, with NOT_SERVING until the models are warm.
     node.set_ready(CATALOG_SERVICE, True)
     running = asyncio.create_task(node.run(stop))
-    loading = asyncio.create_task(_load_all(settings, models, metrics, kind))
+    loading = asyncio.create_task(_load_all(settings, models, metrics, kind, spans))
     await asyncio.wait((running, loading), return_when=asyncio.FIRST_COMPLETED)
     status = 0
     if running.done():
@@ -236,12 +244,14 @@ async def _watch(node: Node, service: str, models: Models, stall_seconds: float)
         await asyncio.sleep(min(1.0, stall_seconds / 4))
 
 
-async def _load_all(settings: EncoderSettings, models: Models, metrics: EncoderMetrics, kind: _Modality) -> bool:
+async def _load_all(
+    settings: EncoderSettings, models: Models, metrics: EncoderMetrics, kind: _Modality, spans: Tracing
+) -> bool:
     """Load one model after the other; gives whether there is any to serve."""
     for spec in models.specs:
         started = time.perf_counter()
         try:
-            encoder = await _load(spec, settings, metrics, kind)
+            encoder = await _load(spec, settings, metrics, kind, spans)
         except ModelError as error:
             _log.error("%s", error, exc_info=error.__cause__)
         except Exception:  # noqa: BLE001  (one broken model does not take the others along)
@@ -253,7 +263,9 @@ async def _load_all(settings: EncoderSettings, models: Models, metrics: EncoderM
     return bool(models.encoders)
 
 
-async def _load(spec: ModelSpec, settings: EncoderSettings, metrics: EncoderMetrics, kind: _Modality) -> Encoder:
+async def _load(
+    spec: ModelSpec, settings: EncoderSettings, metrics: EncoderMetrics, kind: _Modality, spans: Tracing
+) -> Encoder:
     lanes = settings.lanes or best_lanes(spec.backend)
 
     def read() -> tuple[Preparer, Backend]:
@@ -277,7 +289,7 @@ async def _load(spec: ModelSpec, settings: EncoderSettings, metrics: EncoderMetr
         lanes=lanes,
         prepare_threads=settings.prepare_threads,
     )
-    encoder = Encoder(spec, preparer, backend, metrics, options)
+    encoder = Encoder(spec, preparer, backend, metrics, options, tracing=spans)
     try:
         await encoder.warm_up(kind.inputs.warm(spec, settings))
     except BaseException:

@@ -37,6 +37,7 @@ from typing import Final, Generic, TypeVar
 
 from embedmesh.errors import DeadlineExceeded, EmbedMeshError, InferenceFailed, NotReady, Overloaded
 from embedmesh_server.metrics import EncoderMetrics
+from embedmesh_server.tracing import NO_TRACING, Ride, Tracing
 
 __all__ = ["BatchPolicy", "Batcher", "Pending", "PendingQueue", "Priority", "Taken", "take_batch"]
 
@@ -104,7 +105,7 @@ class Pending(Generic[T, R]):
     """One input that waits. Its future is the request: there is no other record of it.
 
     `arrival` and `deadline` are seconds of the event loop's clock, `deadline` inf for none. Only entries
-    of equal `group` share a batch.
+    of equal `group` share a batch. `request` is what `Ride` names it by, None where it is not traced.
     """
 
     item: T
@@ -114,6 +115,7 @@ class Pending(Generic[T, R]):
     deadline: float
     future: asyncio.Future[R]
     group: Hashable = None
+    request: Hashable = None
     waiting: bool = True
 
 
@@ -297,11 +299,14 @@ class Batcher(Generic[T, R]):
         max_queue_cost: int,
         metrics: EncoderMetrics,
         model: str,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self._run_batch = run_batch
         self._policy = policy
         self._lanes = lanes
         self._max_queue_cost = max_queue_cost
+        self._model = model
+        self._tracing = tracing
         self._executor = ThreadPoolExecutor(lanes, thread_name_prefix=f"infer-{model}")
         self._queue: PendingQueue[T, R] = PendingQueue()
         self._running: set[_Lane[T, R]] = set()
@@ -348,6 +353,7 @@ class Batcher(Generic[T, R]):
         *,
         priority: Priority = Priority.INTERACTIVE,
         deadline: float = math.inf,
+        request: Hashable = None,
     ) -> list[asyncio.Future[R]]:
         """Queue the inputs of one request, all or none, and give their futures in order.
 
@@ -357,6 +363,7 @@ class Batcher(Generic[T, R]):
             groups: What each item may share a batch with: those of equal group. By default all share.
             priority: Who waits.
             deadline: Absolute seconds of the event loop's clock.
+            request: See `Pending`.
 
         A future gives the result, or raises InferenceFailed, DeadlineExceeded (its deadline came
         before its batch) or NotReady (the batcher closed first). Cancel it to leave.
@@ -374,7 +381,7 @@ class Batcher(Generic[T, R]):
         now = loop.time()
         futures: list[asyncio.Future[R]] = []
         for item, cost, group in zip(items, costs, groups, strict=True):
-            entry = Pending(item, cost, priority, now, deadline, loop.create_future(), group)
+            entry = Pending(item, cost, priority, now, deadline, loop.create_future(), group, request)
             entry.future.add_done_callback(partial(self._on_done, entry))
             self._queue.append(entry)
             futures.append(entry.future)
@@ -491,6 +498,8 @@ class Batcher(Generic[T, R]):
                 return
         self._running.discard(lane)
         self._pump()
+        if self._tracing.on:  # when the lane is at work again
+            self._trace(lane)
 
     def _attempt(self, loop: asyncio.AbstractEventLoop, lane: _Lane[T, R], part: list[Pending[T, R]]) -> None:
         """Run once, in a thread of its own."""
@@ -535,9 +544,34 @@ class Batcher(Generic[T, R]):
         self._run_next_part(lane)
         self._measure([entry.cost for entry in part], seconds)
 
+    def _trace(self, lane: _Lane[T, R]) -> None:
+        """Record a batch in which a traced request rode."""
+        parts: dict[Hashable, list[Pending[T, R]]] = {}
+        for entry in lane.batch:
+            if entry.request is not None:
+                parts.setdefault(entry.request, []).append(entry)
+        if not parts:
+            return
+        costs = [entry.cost for entry in lane.batch]
+        self._tracing.batch(
+            [
+                Ride(request, len(part), sum(entry.cost for entry in part), lane.since - part[0].arrival)
+                for request, part in parts.items()
+            ],
+            seconds=asyncio.get_running_loop().time() - lane.since,
+            failed=sum(_has_failed(entry.future) for entry in lane.batch),
+            model=self._model,
+            batch_inputs=len(costs),
+            batch_units=sum(costs),
+            padding_units=self._cost(costs) - sum(costs),
+        )
+
+    def _cost(self, costs: Sequence[int]) -> int:
+        return max(costs) * len(costs) if self._policy.padded else sum(costs)
+
     def _measure(self, costs: Sequence[int], seconds: float) -> None:
         real = sum(costs)
-        cost = max(costs) * len(costs) if self._policy.padded else real
+        cost = self._cost(costs)
         self._batch_inputs.observe(len(costs))
         self._batch_cost.observe(cost)
         self._units_real.inc(real)
@@ -545,6 +579,10 @@ class Batcher(Generic[T, R]):
         self._infer_seconds.observe(seconds)
         rate = real / max(seconds, 1e-6)
         self._rate = rate if self._rate is None else self._rate + _NEWEST * (rate - self._rate)
+
+
+def _has_failed(future: asyncio.Future[R]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is not None
 
 
 def _fail(entry: Pending[T, R], error: EmbedMeshError) -> None:

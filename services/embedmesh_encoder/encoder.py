@@ -38,6 +38,7 @@ from embedmesh_encoder.model import ModelError, ModelSpec
 from embedmesh_encoder.preparation import DENSE, KindsPreparer, Others, Prepared, Preparer
 from embedmesh_server.interceptor import request_id
 from embedmesh_server.metrics import EncoderMetrics
+from embedmesh_server.tracing import NO_TRACING, Tracing
 
 __all__ = ["Encoded", "Encoder", "EncoderOptions"]
 
@@ -109,6 +110,8 @@ class Encoder:
         backend: Backend,
         metrics: EncoderMetrics,
         options: EncoderOptions | None = None,
+        *,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         options = options or EncoderOptions()
         self.spec = spec
@@ -119,6 +122,7 @@ class Encoder:
         self._others = preparer if set(spec.kinds) != DENSE and isinstance(preparer, KindsPreparer) else None
         self._backend = backend
         self._metrics = metrics
+        self._tracing = tracing
         self._prepare_threads = options.prepare_threads
         self._executor = ThreadPoolExecutor(options.prepare_threads, thread_name_prefix=f"prepare-{spec.name}")
         self._batcher: Batcher[Prepared, Row] = Batcher(
@@ -133,6 +137,7 @@ class Encoder:
             max_queue_cost=options.max_queue_cost,
             metrics=metrics,
             model=spec.name,
+            tracing=tracing,
         )
         self._prepare_seconds = metrics.stage_seconds.labels(spec.name, "prepare")
         self._truncated = metrics.truncated_inputs.labels(spec.name)
@@ -242,7 +247,8 @@ class Encoder:
         # Decoding pictures that are then refused would make an overload worse.
         self._batcher.require_room(len(items), priority)
         started = time.perf_counter()
-        prepared = await self._prepare(items, truncation, deadline)
+        with self._tracing.span("prepare"):
+            prepared = await self._prepare(items, truncation, deadline)
         self._prepare_seconds.observe(time.perf_counter() - started)
         good = [_wanting(each, kinds) for each in prepared if isinstance(each, Prepared)]
         futures = self._batcher.submit(
@@ -251,6 +257,7 @@ class Encoder:
             [each.group for each in good],
             priority=priority,
             deadline=deadline,
+            request=self._tracing.current(),
         )
         try:
             if futures:

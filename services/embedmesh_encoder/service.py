@@ -51,6 +51,7 @@ from embedmesh_encoder.preparation import DENSE, Others
 from embedmesh_encoder.text import TextItem
 from embedmesh_server.interceptor import deadline_of
 from embedmesh_server.metrics import EncoderMetrics
+from embedmesh_server.tracing import NO_TRACING, Tracing
 
 __all__ = [
     "AUDIO_SERVICE",
@@ -171,12 +172,19 @@ class EmbedService:
     """Embeds the inputs of a request of any modality."""
 
     def __init__(
-        self, models: Models, metrics: EncoderMetrics, *, max_inputs: int, default_timeout_seconds: float = 60.0
+        self,
+        models: Models,
+        metrics: EncoderMetrics,
+        *,
+        max_inputs: int,
+        default_timeout_seconds: float = 60.0,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self._models = models
         self._metrics = metrics
         self._max_inputs = max_inputs
         self._default_timeout = default_timeout_seconds
+        self._tracing = tracing
 
     async def embed(
         self,
@@ -200,6 +208,11 @@ class EmbedService:
             EmbedMeshError: The call as a whole, by the contract.
         """
         encoder = self._models.find(request.model)
+        if self._tracing.on:
+            spec = encoder.spec
+            self._tracing.note(
+                model=spec.name, revision=spec.revision, modality=spec.modality, inputs=len(request.inputs)
+            )
         if len(request.inputs) > self._max_inputs:
             raise InputTooLarge.over("the request", len(request.inputs), self._max_inputs, "inputs", field="inputs")
         kinds = _kinds(request.output, encoder.spec)
@@ -217,6 +230,8 @@ class EmbedService:
         started = time.perf_counter()
         _fill(response, encoder.spec, outcomes, output, content)
         self._metrics.stage_seconds.labels(encoder.spec.name, "finish").observe(time.perf_counter() - started)
+        if self._tracing.on:
+            self._tracing.note(units=response.usage.input_units, failed=response.usage.failed_inputs)
         return response
 
 

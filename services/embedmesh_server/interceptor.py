@@ -10,12 +10,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
 from embedmesh.errors import EmbedMeshError, InternalError, to_status, trailing_metadata
 from embedmesh_server.metrics import ServerMetrics
+from embedmesh_server.tracing import NO_TRACING, Span, Tracing
 
 __all__ = ["REQUEST_ID_KEY", "Authenticate", "Boundary", "deadline_of", "request_id"]
 
@@ -60,11 +62,15 @@ class Boundary(grpc.aio.ServerInterceptor):
     Args:
         metrics: Counts and times calls.
         authenticate: Says who calls, health apart, which anybody may ask for; None lets everybody in.
+        tracing: Records calls.
     """
 
-    def __init__(self, metrics: ServerMetrics, authenticate: Authenticate | None = None) -> None:
+    def __init__(
+        self, metrics: ServerMetrics, authenticate: Authenticate | None = None, tracing: Tracing = NO_TRACING
+    ) -> None:
         self._metrics = metrics
         self._authenticate = authenticate
+        self._tracing = tracing
 
     async def intercept_service(  # noqa: D102  (described by the base class)
         self,
@@ -88,11 +94,12 @@ class Boundary(grpc.aio.ServerInterceptor):
             if service in _QUIET:
                 return handler
 
+        begin = partial(self._tracing.serve, service, method, metadata) if self._tracing.on else None
         if handler.unary_unary is not None:
             unary: Callable[..., Any] = handler.unary_unary
 
             async def serve_unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-                async with _Call(self._metrics, service, method, call_id, context, caller=caller):
+                async with _Call(self._metrics, service, method, call_id, context, begin=begin, caller=caller):
                     return await unary(request, context)
 
             return grpc.unary_unary_rpc_method_handler(
@@ -104,7 +111,7 @@ class Boundary(grpc.aio.ServerInterceptor):
             async def serve_stream(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
                 # Closed here and not by the garbage collector, so that a stream that is left cleans up at once.
                 async with (
-                    _Call(self._metrics, service, method, call_id, context, caller=caller),
+                    _Call(self._metrics, service, method, call_id, context, begin=begin, caller=caller),
                     aclosing(stream(requests, context)) as responses,
                 ):
                     async for response in responses:
@@ -119,16 +126,18 @@ class Boundary(grpc.aio.ServerInterceptor):
         self, service: str, method: str, call_id: str, error: EmbedMeshError
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """End a call with `error`. On the wire a stream of no messages can answer any kind of method."""
+        # Without the metadata: who may not call does not decide what is recorded either.
+        begin = partial(self._tracing.serve, service, method, {}) if self._tracing.on else None
 
         async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-            async with _Call(self._metrics, service, method, call_id, context):
+            async with _Call(self._metrics, service, method, call_id, context, begin=begin):
                 raise error
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 class _Call:
-    """Counts, times, logs and ends one call."""
+    """Counts, times, logs, traces and ends one call."""
 
     def __init__(
         self,
@@ -138,9 +147,12 @@ class _Call:
         call_id: str,
         context: grpc.aio.ServicerContext[Any, Any],
         *,
+        begin: Callable[[], Span] | None,
         caller: str = "",
     ) -> None:
         self._metrics, self._service, self._method = metrics, service, method
+        self._begin = begin
+        self._span: Span | None = None
         self._id, self._context, self._caller = call_id, context, caller
         self._start = 0.0
         # Asked now: a stream's generator may be closed after gRPC has freed the call, when asking its
@@ -153,6 +165,8 @@ class _Call:
         self._start = time.perf_counter()
         self._metrics.in_flight.labels(self._service, self._method).inc()
         _request_id.set(self._id)
+        if self._begin is not None:
+            self._span = self._begin()
         self._context.set_trailing_metadata(((REQUEST_ID_KEY, self._id),))
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -177,6 +191,8 @@ class _Call:
 
     def _finish(self, code: grpc.StatusCode, error: EmbedMeshError | None = None) -> None:
         seconds = time.perf_counter() - self._start
+        if self._span is not None:
+            self._span.answer(code)
         self._metrics.in_flight.labels(self._service, self._method).dec()
         self._metrics.requests.labels(self._service, self._method, code.name).inc()
         self._metrics.request_seconds.labels(self._service, self._method).observe(seconds)

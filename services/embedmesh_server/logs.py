@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Literal
 
-__all__ = ["configure"]
+__all__ = ["configure", "stamp"]
 
 # What logging itself puts on a record; anything else came through `extra=`.
 _BUILT_IN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -19,6 +20,17 @@ def configure(level: str, style: Literal["json", "text"], role: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json(role) if style == "json" else _Text(role))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def stamp(extra: Callable[[], Mapping[str, str]]) -> None:
+    """Add to every line from now on what `extra` gives, asked where the line is logged."""
+
+    def add(record: logging.LogRecord) -> bool:
+        vars(record).update(extra())
+        return True
+
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(add)
 
 
 def _extra(record: logging.LogRecord) -> dict[str, object]:

@@ -29,6 +29,7 @@ from embedmesh_server.files import Files
 from embedmesh_server.interceptor import Authenticate, Boundary
 from embedmesh_server.metrics import FileMetrics, ServerMetrics
 from embedmesh_server.settings import NodeSettings
+from embedmesh_server.tracing import NO_TRACING, Tracing
 
 __all__ = ["BindError", "HttpEndpoint", "Node", "stop_on_signal", "taken", "write_ready_file"]
 
@@ -36,6 +37,8 @@ _log = logging.getLogger(__name__)
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+# A receiver of spans that is away holds up the end of a node for so long at most.
+_SPANS_SECONDS = 5.0
 # /healthz fails when the event loop has not run for this long: it is stuck, not merely busy.
 _STUCK_SECONDS = 30.0
 
@@ -84,6 +87,7 @@ class Node:
         services: Names of the services that make it ready.
         authenticate: See `Boundary`.
         files: Files to follow while it serves, besides its certificate.
+        tracing: Records calls; closed with the node.
     """
 
     def __init__(
@@ -96,11 +100,13 @@ class Node:
         share_port: bool = False,
         authenticate: Authenticate | None = None,
         files: Files | None = None,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self._settings = settings
         self._role = role
         self._registry = registry
         self._files = files or Files(FileMetrics(registry))
+        self._tracing = tracing
         self._ready = dict.fromkeys(services, False)
         self._health = HealthServicer()
         self._http: HttpEndpoint | None = None
@@ -113,7 +119,7 @@ class Node:
         size = settings.max_message_bytes
         age_ms = int(settings.max_connection_age_seconds * 1000)
         self.server = grpc.aio.server(
-            interceptors=[Boundary(ServerMetrics(registry, role), authenticate)],
+            interceptors=[Boundary(ServerMetrics(registry, role), authenticate, tracing)],
             options=[
                 ("grpc.max_send_message_length", size),
                 ("grpc.max_receive_message_length", size),
@@ -224,8 +230,10 @@ class Node:
     async def stop(self) -> None:
         """Say NOT_SERVING, refuse new calls, wait for those in flight up to the drain time."""
         self._stopping = True
+        drained = time.monotonic() + self._settings.drain_seconds
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace=self._settings.drain_seconds)
+        await self._tracing.close(min(max(drained - time.monotonic(), 0.0), _SPANS_SECONDS))
         for task in tuple(self._tasks):
             task.cancel()
         if self._http is not None:

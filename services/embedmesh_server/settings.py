@@ -55,6 +55,18 @@ class NodeSettings(BaseModel):
         300.0, gt=0, description="Connections are renewed after this long, so that clients see new replicas."
     )
     default_timeout_seconds: float = Field(60.0, gt=0, description="Deadline of calls that bring none.")
+    tracing: bool = Field(
+        False,
+        description="Record spans of calls and send them by OTLP, where the OTEL_ variables of OpenTelemetry say; "
+        "needs embedmesh[tracing].",
+    )
+    trace_ratio: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Part of the calls to record whose callers have not decided that; by default what "
+        "OTEL_TRACES_SAMPLER says, else 0.01.",
+    )
     ready_file: Path | None = Field(
         None, description="File to write addresses and pid into, as JSON, once the node serves."
     )

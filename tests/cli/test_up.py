@@ -127,6 +127,13 @@ def test_a_role_that_cannot_start_tells_why(cli: Any, tmp_path: Path) -> None:
     assert "cache_timeout_mss: no such setting, did you mean cache_timeout_ms?" in done.err
 
 
+def test_tracing_reaches_the_roles(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317")
+    done = cli("up", "--backend", "fake", "--port", 0, "--http-port", 0, "--tracing")
+    assert done.status == 1
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT is 'collector:4317': put http:// (no TLS) or https:// before it" in done.err
+
+
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
@@ -134,6 +141,7 @@ def test_a_role_that_cannot_start_tells_why(cli: Any, tmp_path: Path) -> None:
         ("[up]\nporrt = 1", "[up] has no setting porrt; it has audio_model, backend, host, http_port"),
         ("[up", "is not TOML"),
         ("[up]\nport = 70000", "less than or equal to 65535"),
+        ("[up]\ntrace_ratio = 2", "less than or equal to 1"),
         ("[up]\nredis = 'localhost'", "--redis localhost: say embedded, none, or a URL"),
         ("[up]\nreplicas = ['video=2']", "--replicas video=2: say text=N"),
         ("[up]\ntext_model = ['no/such/folder']", "--text-model no/such/folder: no model there"),

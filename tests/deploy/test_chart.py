@@ -85,6 +85,9 @@ def test_older_kubernetes_is_refused(helm: Any) -> None:
         (["gateway.settings.cache_ttl_seconds=0"], "Must be greater than or equal to 1"),
         (["encoderDefaults.settings.backend=onnx"], "backend must be one of the following"),
         (["encoderDefaults.settings.model=/m"], "Additional property model is not allowed"),
+        (["encoderDefaults.settings.tracing=true"], "Additional property tracing is not allowed"),
+        (["tracing.endpoint=collector:4317"], "tracing.endpoint: Does not match pattern"),
+        (["tracing.ratio=2"], "tracing.ratio: Must be less than or equal to 1"),
         (["gateway.image.digest=latest"], "gateway.image.digest: Does not match pattern"),
         (["gateway.autoscaling.kind=vpa"], "gateway.autoscaling.kind must be one of the following"),
         (["monitoring.prometheusRule.latencyTargetSeconds=0"], "Must be greater than 0"),
@@ -180,6 +183,19 @@ def test_flags_are_written_as_the_commands_read_them(render: Any) -> None:
         "--cuda-graphs",
         "--no-triton-shared-memory",
     } <= set(args)
+
+
+def test_spans_are_sent_where_there_is_a_receiver(render: Any) -> None:
+    told = ["--set=tracing.endpoint=http://collector:4317", "--set-json=tracing.ratio=0.5"]
+    for words in ([], told):
+        for name, spec, _ in pods(render(None, *words)):
+            (container,) = spec["containers"]
+            if "valkey" not in name and "test" not in name:
+                assert ("--tracing" in container["args"], "--trace-ratio=0.5" in container["args"]) == (
+                    bool(words),
+                ) * 2
+                endpoint = {"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://collector:4317"}
+                assert (endpoint in container.get("env", [])) == bool(words)
 
 
 @pytest.mark.parametrize(

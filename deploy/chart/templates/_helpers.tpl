@@ -58,6 +58,20 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end }}
 {{- end }}
 
+{{- /* What gateways and encoders are told of tracing. */ -}}
+{{- define "embedmesh.tracingFlags" -}}
+{{- if .Values.tracing.endpoint }}
+- --tracing
+- --trace-ratio={{ .Values.tracing.ratio }}
+{{- end }}
+{{- end }}
+{{- define "embedmesh.tracingEnv" -}}
+{{- with .Values.tracing.endpoint }}
+- name: OTEL_EXPORTER_OTLP_ENDPOINT
+  value: {{ . }}
+{{- end }}
+{{- end }}
+
 {{- /* Whole cores of a container: its CPU limit, else its request, rounded up; 0 where neither is given. */ -}}
 {{- define "embedmesh.cores" -}}
 {{- $cpu := dig "limits" "cpu" (dig "requests" "cpu" "0" .) . | toString -}}
