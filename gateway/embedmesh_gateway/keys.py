@@ -17,9 +17,16 @@ __all__ = ["cache_key", "cache_keys"]
 
 # Hashing more than this would hold the event loop for too long (blake2b: about 1 ms a MiB).
 _INLINE_BYTES: Final = 256 * 1024
+_WHOLE: Final = pb.Chunking()
 
 
-def cache_key(model: pb.ModelRef, modality: str, truncation: pb.Truncation.ValueType, item: Message) -> bytes:
+def cache_key(
+    model: pb.ModelRef,
+    modality: str,
+    truncation: pb.Truncation.ValueType,
+    item: Message,
+    chunking: pb.Chunking = _WHOLE,
+) -> bytes:
     """Name the full-width vector of one input: all that changes it, and nothing else.
 
     Args:
@@ -27,19 +34,24 @@ def cache_key(model: pb.ModelRef, modality: str, truncation: pb.Truncation.Value
         modality: "text", "image" or "audio".
         truncation: As applied, never unspecified.
         item: TextInput, ImageInput or AudioInput.
+        chunking: Counts where texts are cut into chunks.
 
     Returns:
         "em1:" and 16 bytes of BLAKE2b over the parts, each preceded by its length, so that no
         two different lists of parts run together into the same bytes.
     """
-    return _key(_prefix(model, modality, truncation), item)
+    return _key(_prefix(model, modality, truncation, chunking), item)
 
 
 async def cache_keys(
-    model: pb.ModelRef, modality: str, truncation: pb.Truncation.ValueType, items: Sequence[Message]
+    model: pb.ModelRef,
+    modality: str,
+    truncation: pb.Truncation.ValueType,
+    items: Sequence[Message],
+    chunking: pb.Chunking = _WHOLE,
 ) -> list[bytes]:
     """Give the `cache_key` of every input of a request, without holding up the event loop."""
-    prefix = _prefix(model, modality, truncation)
+    prefix = _prefix(model, modality, truncation, chunking)
 
     def hashed() -> list[bytes]:
         return [_key(prefix, item) for item in items]
@@ -50,8 +62,11 @@ async def cache_keys(
     return await asyncio.to_thread(hashed)
 
 
-def _prefix(model: pb.ModelRef, modality: str, truncation: pb.Truncation.ValueType) -> Any:
-    parts = (model.revision, model.space, modality, str(truncation))
+def _prefix(model: pb.ModelRef, modality: str, truncation: pb.Truncation.ValueType, chunking: pb.Chunking) -> Any:
+    cut = str(truncation)
+    if truncation == pb.TRUNCATION_CHUNK and modality == "text":
+        cut += f" {chunking.units} {chunking.overlap}"
+    parts = (model.revision, model.space, modality, cut)
     return hashlib.blake2b(_joined(*(part.encode() for part in parts)), digest_size=16)
 
 
@@ -68,6 +83,8 @@ def _key(prefix: Any, item: Any) -> bytes:
                 text,
             )
         )
+        if item.instructions:  # keys of texts without are those of earlier versions
+            parts += _joined(b"instructions", *(each.encode() for each in item.instructions))
     elif isinstance(item, audio_pb2.AudioInput) and item.WhichOneof("source") == "pcm":
         samples = item.pcm.samples
         shape = ",".join(map(str, samples.shape))

@@ -83,6 +83,7 @@ class _Plan:
     output: DenseOutput
     untouched: bool  # the cached vector is what the caller wants
     truncation: pb.Truncation.ValueType
+    chunking: pb.Chunking
     policy: gateway_pb2.CachePolicy.ValueType
     priority: pb.Priority.ValueType
     patient: bool
@@ -265,6 +266,8 @@ class Router:
         ):
             if getattr(request, option) not in known:
                 raise InvalidRequest(f"unknown value {getattr(request, option)}", field=option)
+        if request.HasField("chunking") and request.truncation != pb.TRUNCATION_CHUNK:
+            raise InvalidRequest("chunking is for the truncation CHUNK, which was not asked for", field="chunking")
 
     # Planning.
 
@@ -309,7 +312,7 @@ class Router:
                 await self._compute(plan, list(enumerate(group.inputs)), outcomes.update)
             group.outcomes = [outcomes[i] for i in range(len(group.inputs))]
             return
-        keys = await cache_keys(plan.info.model, plan.modality, plan.truncation, group.inputs)
+        keys = await cache_keys(plan.info.model, plan.modality, plan.truncation, group.inputs, plan.chunking)
         wanted: dict[bytes, Message] = {}
         for key, item in zip(keys, group.inputs, strict=True):
             wanted.setdefault(key, item)
@@ -460,6 +463,7 @@ class Router:
                     truncation=plan.truncation,
                     priority=plan.priority,
                     deadline=plan.deadline,
+                    chunking=plan.chunking,
                 )
             except Overloaded as error:
                 pause = error.retry_after or 0.1
@@ -494,7 +498,9 @@ class Router:
                     continue
                 made_by = outcome.model
                 if made_by.revision != plan.info.model.revision or made_by.space != plan.info.model.space:
-                    key = cache_key(made_by, plan.modality, plan.truncation, items[key])  # noqa: PLW2901
+                    key = cache_key(  # noqa: PLW2901
+                        made_by, plan.modality, plan.truncation, items[key], plan.chunking
+                    )
                 kept.append((key, outcome.result.SerializeToString()))
             span.set(inputs=len(kept))
             self._cache.set_many(kept)
@@ -630,6 +636,7 @@ def _plan_for(
         output=DenseOutput(0 if full else wish.dimensions, normalize, wish.dtype or pb.DTYPE_FLOAT32),
         untouched=full and normalize == info.normalized and wish.dtype in (pb.DTYPE_UNSPECIFIED, pb.DTYPE_FLOAT32),
         truncation=request.truncation or pb.TRUNCATION_END,
+        chunking=request.chunking,
         policy=request.cache,
         priority=priority,
         patient=patient,
@@ -655,6 +662,8 @@ def _split(
         answer += 8 * info.sparse_dimensions
     if pb.EMBEDDING_KIND_MULTI_VECTOR in plan.fetched:
         answer += 4 * (info.multi_vector_dimensions or info.dimensions) * info.max_input_units
+        if plan.truncation == pb.TRUNCATION_CHUNK or any(getattr(item, "instructions", ()) for _, item in items):
+            answer = room  # rows of several passes, whose number the encoder knows
     most = max(1, min(info.max_inputs or _DEFAULT_MAX_INPUTS, room // answer))
     calls: list[list[tuple[Any, Message]]] = []
     too_large: dict[Any, _Outcome] = {}

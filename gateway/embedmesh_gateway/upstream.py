@@ -248,6 +248,7 @@ class Upstream:
         truncation: pb.Truncation.ValueType,
         priority: pb.Priority.ValueType,
         deadline: float,
+        chunking: pb.Chunking | None = None,
     ) -> list[Answer]:
         """Have inputs embedded at full width in one call.
 
@@ -258,6 +259,7 @@ class Upstream:
             truncation: What to do with inputs that are too long.
             priority: Who waits.
             deadline: In seconds of the running loop's clock; `math.inf` for none.
+            chunking: How texts are cut into chunks, where the truncation says so.
 
         Returns:
             Entry i answers inputs[i], with an INTERNAL error where the encoder broke the contract.
@@ -276,6 +278,8 @@ class Upstream:
             truncation=truncation,
             priority=priority,
         )
+        if chunking is not None and self.modality == "text" and truncation == pb.TRUNCATION_CHUNK:
+            request.chunking.CopyFrom(chunking)
         self._metrics.upstream_inputs.labels(self.modality).inc(len(inputs))
         code = grpc.StatusCode.CANCELLED
         with self._tracing.call(self._path) as span:

@@ -26,13 +26,13 @@ from embedmesh.errors import (
     InvalidRequest,
     from_status,
 )
-from embedmesh.inputs import Audio, Image, Input, Role, Text, role_value
+from embedmesh.inputs import Audio, Image, Input, Role, Text, instructions_value, role_value
 from embedmesh.results import EmbedResult, ModelInfo, ModelRef, SparseVector
 from embedmesh.v1 import catalog_pb2, embedding_pb2, gateway_pb2
 
 KindName: TypeAlias = Literal["dense", "sparse", "multi_vector"]
 DtypeName: TypeAlias = Literal["float32", "float16", "int8", "binary"]
-TruncationName: TypeAlias = Literal["end", "start", "refuse"]
+TruncationName: TypeAlias = Literal["end", "start", "refuse", "chunk"]
 CacheName: TypeAlias = Literal["read_write", "refresh", "bypass"]
 PriorityName: TypeAlias = Literal["interactive", "bulk"]
 
@@ -51,6 +51,7 @@ _TRUNCATIONS: Final = {
     "end": embedding_pb2.TRUNCATION_END,
     "start": embedding_pb2.TRUNCATION_START,
     "refuse": embedding_pb2.TRUNCATION_REFUSE,
+    "chunk": embedding_pb2.TRUNCATION_CHUNK,
 }
 _CACHE_POLICIES: Final = {
     "read_write": gateway_pb2.CACHE_POLICY_READ_WRITE,
@@ -86,11 +87,13 @@ class Options:
         template: The request without its inputs.
         role: Role of the texts that have none of their own.
         instruction: Instruction of the texts that have none of their own.
+        instructions: Instructions of the texts that have none of their own, and no role and no instruction.
     """
 
     template: gateway_pb2.EmbedRequest
     role: Role | None
     instruction: str
+    instructions: tuple[str, ...] = ()
 
 
 def parse_options(
@@ -102,7 +105,10 @@ def parse_options(
     normalize: bool | None,
     role: Role | None,
     instruction: str,
+    instructions: Iterable[str],
     truncation: str,
+    chunk_units: int,
+    chunk_overlap: int,
     cache: str,
     priority: str,
 ) -> Options:
@@ -112,14 +118,22 @@ def parse_options(
         InvalidRequest: A value that is not offered; `field` names the keyword.
         TypeError: A value of the wrong type.
     """
-    if isinstance(dimensions, bool) or not isinstance(dimensions, int):
-        raise TypeError(f"dimensions is an int, got {type(dimensions).__name__}")
-    if not 0 <= dimensions < 2**32:
-        raise InvalidRequest(f"dimensions is {dimensions}; give a width, or 0 for the full one", field="dimensions")
+    for name, number, hint in (
+        ("dimensions", dimensions, "give a width, or 0 for the full one"),
+        ("chunk_units", chunk_units, "give tokens, or 0 for as many as the model reads"),
+        ("chunk_overlap", chunk_overlap, "give tokens, or 0 for none"),
+    ):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name} is an int, got {type(number).__name__}")
+        if not 0 <= number < 2**32:
+            raise InvalidRequest(f"{name} is {number}; {hint}", field=name)
+        if number and name != "dimensions" and truncation != "chunk":
+            raise InvalidRequest(f"{name} is for truncation='chunk', not {truncation!r}", field=name)
     if normalize is not None and not isinstance(normalize, bool):
         raise TypeError(f"normalize is True, False or None, got {normalize!r}")
     role_value(role)
-    for name, text in (("model", model), ("instruction", instruction)):
+    several = instructions_value(instructions, role, instruction)
+    for name, text in (("model", model), ("instruction", instruction), *(("instructions", each) for each in several)):
         if not isinstance(text, str):
             raise TypeError(f"{name} is a str, got {type(text).__name__}")
         if _surrogate(text):
@@ -133,7 +147,10 @@ def parse_options(
         cache=_choice("cache", cache, _CACHE_POLICIES),
         priority=_choice("priority", priority, _PRIORITIES),
     )
-    return Options(template, role, instruction)
+    if chunk_units or chunk_overlap:
+        template.chunking.units = chunk_units
+        template.chunking.overlap = chunk_overlap
+    return Options(template, role, instruction, several)
 
 
 def _kinds(kinds: Iterable[str]) -> list[embedding_pb2.EmbeddingKind.ValueType]:
@@ -314,9 +331,12 @@ class Plan:
         _require_input(index, item)
         options = self._options
         if isinstance(item, str):
-            item = Text(item, options.role, options.instruction)
-        elif isinstance(item, Text):
-            item = Text(item.text, item.role or options.role, item.instruction or options.instruction)
+            item = Text(item, options.role, options.instruction, options.instructions)
+        elif isinstance(item, Text) and not item.instructions:
+            if options.instructions and not (item.role or item.instruction):
+                item = Text(item.text, instructions=options.instructions)
+            else:
+                item = Text(item.text, item.role or options.role, item.instruction or options.instruction)
         self._pushed += 1
         error: EmbedMeshError | None = None
         size = 0
@@ -324,6 +344,8 @@ class Plan:
             size = item.nbytes + _INPUT_FRAMING_BYTES
         except UnicodeEncodeError as culprit:
             name = "text" if culprit.object == getattr(item, "text", None) else "instruction"
+            if culprit.object in getattr(item, "instructions", ()):
+                name = "instructions"
             error = InvalidRequest(
                 f"inputs[{index}].{name} holds half of a surrogate pair, which is no Unicode text",
                 field=f"inputs[{index}].{name}",

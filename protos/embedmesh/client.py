@@ -210,7 +210,10 @@ class Client(_Base):
         normalize: bool | None = None,
         role: Role | None = None,
         instruction: str = "",
+        instructions: Iterable[str] = (),
         truncation: TruncationName = "end",
+        chunk_units: int = 0,
+        chunk_overlap: int = 0,
         cache: CacheName = "read_write",
         priority: PriorityName = "interactive",
         timeout: float | None = 60,
@@ -233,8 +236,12 @@ class Client(_Base):
                 does it (None).
             role: "query" or "document", for texts without a role of their own.
             instruction: Put before texts that have none of their own, in place of the role's prompt.
+            instructions: Several, at most 16, in place of role and instruction: each is put before the text in a pass
+                of its own, and their vectors are averaged.
             truncation: What happens to an input longer than the model reads: keep its beginning ("end"),
-                its end ("start"), or fail it ("refuse").
+                its end ("start"), fail it ("refuse"), or cut a text into chunks and average their vectors ("chunk").
+            chunk_units: The most tokens of a chunk, prompt and special tokens included; 0 for what the model reads.
+            chunk_overlap: Tokens that a chunk has in common with the one before.
             cache: "read_write"; "refresh" computes anew and stores; "bypass" does neither.
             priority: "interactive" goes before "bulk".
             timeout: Seconds for everything, retries included; None for no limit.
@@ -252,7 +259,10 @@ class Client(_Base):
             normalize=normalize,
             role=role,
             instruction=instruction,
+            instructions=instructions,
             truncation=truncation,
+            chunk_units=chunk_units,
+            chunk_overlap=chunk_overlap,
             cache=cache,
             priority=priority,
         )
@@ -313,7 +323,10 @@ class Client(_Base):
         normalize: bool | None = None,
         role: Role | None = None,
         instruction: str = "",
+        instructions: Iterable[str] = (),
         truncation: TruncationName = "end",
+        chunk_units: int = 0,
+        chunk_overlap: int = 0,
         cache: CacheName = "read_write",
         priority: PriorityName = "bulk",
         timeout: float | None = None,
@@ -339,7 +352,10 @@ class Client(_Base):
             normalize: See `embed`.
             role: See `embed`.
             instruction: See `embed`.
+            instructions: See `embed`.
             truncation: See `embed`.
+            chunk_units: See `embed`.
+            chunk_overlap: See `embed`.
             cache: See `embed`.
             priority: "bulk" by default: interactive work goes first.
             timeout: Seconds for the whole stream; None for no limit.
@@ -360,7 +376,10 @@ class Client(_Base):
             normalize=normalize,
             role=role,
             instruction=instruction,
+            instructions=instructions,
             truncation=truncation,
+            chunk_units=chunk_units,
+            chunk_overlap=chunk_overlap,
             cache=cache,
             priority=priority,
         )
@@ -450,7 +469,10 @@ class AsyncClient(_Base):
         normalize: bool | None = None,
         role: Role | None = None,
         instruction: str = "",
+        instructions: Iterable[str] = (),
         truncation: TruncationName = "end",
+        chunk_units: int = 0,
+        chunk_overlap: int = 0,
         cache: CacheName = "read_write",
         priority: PriorityName = "interactive",
         timeout: float | None = 60,  # noqa: ASYNC109  (gRPC keeps it, and it covers retries)
@@ -473,8 +495,12 @@ class AsyncClient(_Base):
                 does it (None).
             role: "query" or "document", for texts without a role of their own.
             instruction: Put before texts that have none of their own, in place of the role's prompt.
+            instructions: Several, at most 16, in place of role and instruction: each is put before the text in a pass
+                of its own, and their vectors are averaged.
             truncation: What happens to an input longer than the model reads: keep its beginning ("end"),
-                its end ("start"), or fail it ("refuse").
+                its end ("start"), fail it ("refuse"), or cut a text into chunks and average their vectors ("chunk").
+            chunk_units: The most tokens of a chunk, prompt and special tokens included; 0 for what the model reads.
+            chunk_overlap: Tokens that a chunk has in common with the one before.
             cache: "read_write"; "refresh" computes anew and stores; "bypass" does neither.
             priority: "interactive" goes before "bulk".
             timeout: Seconds for everything, retries included; None for no limit.
@@ -492,7 +518,10 @@ class AsyncClient(_Base):
             normalize=normalize,
             role=role,
             instruction=instruction,
+            instructions=instructions,
             truncation=truncation,
+            chunk_units=chunk_units,
+            chunk_overlap=chunk_overlap,
             cache=cache,
             priority=priority,
         )
@@ -541,7 +570,10 @@ class AsyncClient(_Base):
         normalize: bool | None = None,
         role: Role | None = None,
         instruction: str = "",
+        instructions: Iterable[str] = (),
         truncation: TruncationName = "end",
+        chunk_units: int = 0,
+        chunk_overlap: int = 0,
         cache: CacheName = "read_write",
         priority: PriorityName = "bulk",
         timeout: float | None = None,
@@ -567,7 +599,10 @@ class AsyncClient(_Base):
             normalize: See `embed`.
             role: See `embed`.
             instruction: See `embed`.
+            instructions: See `embed`.
             truncation: See `embed`.
+            chunk_units: See `embed`.
+            chunk_overlap: See `embed`.
             cache: See `embed`.
             priority: "bulk" by default: interactive work goes first.
             timeout: Seconds for the whole stream; None for no limit.
@@ -588,7 +623,10 @@ class AsyncClient(_Base):
             normalize=normalize,
             role=role,
             instruction=instruction,
+            instructions=instructions,
             truncation=truncation,
+            chunk_units=chunk_units,
+            chunk_overlap=chunk_overlap,
             cache=cache,
             priority=priority,
         )

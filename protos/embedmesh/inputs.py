@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -37,6 +38,23 @@ def role_value(role: str | None) -> text_pb2.TextRole.ValueType:
     return ROLES[role]
 
 
+def instructions_value(instructions: Iterable[str], role: str | None, instruction: str) -> tuple[str, ...]:
+    """Give the instructions of a text or a call, which has no role and no single instruction beside them.
+
+    Raises:
+        InvalidRequest: It has.
+        TypeError: They are no strings.
+    """
+    if isinstance(instructions, str) or not isinstance(instructions, Iterable):
+        raise TypeError(f"instructions are many, got {instructions!r}; put it into a list: [...]")
+    found = tuple(instructions)
+    if not all(isinstance(each, str) for each in found):
+        raise TypeError("instructions are many str")
+    if found and (role or instruction):
+        raise InvalidRequest("give instructions, or role or instruction, not both", field="instructions")
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """A text with a role or an instruction of its own; a plain `str` does where neither is needed.
@@ -47,21 +65,25 @@ class Text:
             role given to the call.
         instruction: Free text put before it in place of the role's prompt; "" takes the
             instruction given to the call.
+        instructions: Several, each put before it in a pass of its own, whose vectors are averaged; in place of
+            role and instruction.
     """
 
     text: str
     role: Role | None = None
     instruction: str = ""
+    instructions: Iterable[str] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not isinstance(self.instruction, str):
             raise TypeError("Text takes a str as text and as instruction")
         role_value(self.role)
+        object.__setattr__(self, "instructions", instructions_value(self.instructions, self.role, self.instruction))
 
     @property
     def nbytes(self) -> int:
         """Size on the wire without framing; UnicodeEncodeError where half of a surrogate pair stands alone."""
-        return _utf8_length(self.text) + _utf8_length(self.instruction)
+        return sum(map(_utf8_length, (self.text, self.instruction, *self.instructions)))
 
     def write(self, message: gateway_pb2.Input) -> None:
         """Fill `message`."""
@@ -69,6 +91,7 @@ class Text:
         message.text.text = self.text
         message.text.role = role_value(self.role)
         message.text.instruction = self.instruction
+        message.text.instructions.extend(self.instructions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """One served model: inputs in, vectors out, each input with an outcome of its own.
 
 prepare   in a few threads, a slice of time at a turn, so that no request holds up another; a long request
-          takes all threads
+          takes all threads; an input may take several passes of the model, each an entry of the queue
 queue     `batcher.py`
 infer     in the batcher's threads: collate, run, pool, normalise, check
+join      the vectors of an input's passes become one
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from operator import length_hint
 from typing import Any, Final
 
@@ -25,6 +28,7 @@ from embedmesh.errors import (
     DeadlineExceeded,
     EmbedMeshError,
     InferenceFailed,
+    InputTooLarge,
     InternalError,
     NotReady,
     Overloaded,
@@ -35,6 +39,7 @@ from embedmesh.vectors import l2_norms, normalized
 from embedmesh_encoder.backend import Backend
 from embedmesh_encoder.batcher import Batcher, BatchPolicy, Priority
 from embedmesh_encoder.model import ModelError, ModelSpec
+from embedmesh_encoder.pooling import largest
 from embedmesh_encoder.preparation import DENSE, KindsPreparer, Others, Prepared, Preparer
 from embedmesh_server.interceptor import request_id
 from embedmesh_server.metrics import EncoderMetrics
@@ -51,6 +56,8 @@ _SLICE_SECONDS: Final = 0.005
 Row = tuple[NDArray[np.float32], float, Others | None]
 
 _NO_VECTOR: Final = np.empty(0, np.float32)
+# Of the multi-vector that several passes give: an answer must fit into a message.
+_MULTI_VECTOR_BYTES: Final = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +174,9 @@ class Encoder:
 
         def run() -> None:
             batch = [
-                _wanting(self._preparer.prepare(item, pb.TRUNCATION_END), frozenset(self.spec.kinds)) for item in items
+                _wanting(prepared, frozenset(self.spec.kinds))
+                for item in items
+                for prepared in self._preparer.prepare(item, pb.TRUNCATION_END).passes
             ]
             for part in (*([prepared] for prepared in batch), batch[:2]):
                 for outcome in self._infer(part):
@@ -250,7 +259,7 @@ class Encoder:
         with self._tracing.span("prepare"):
             prepared = await self._prepare(items, truncation, deadline)
         self._prepare_seconds.observe(time.perf_counter() - started)
-        good = [_wanting(each, kinds) for each in prepared if isinstance(each, Prepared)]
+        good = [_wanting(one, kinds) for each in prepared if isinstance(each, Prepared) for one in each.passes]
         futures = self._batcher.submit(
             good,
             [each.units for each in good],
@@ -259,6 +268,12 @@ class Encoder:
             deadline=deadline,
             request=self._tracing.current(),
         )
+        rows = iter(futures)
+        waiting = [list(islice(rows, len(each.passes))) if isinstance(each, Prepared) else [] for each in prepared]
+        for passes in waiting:
+            if len(passes) > 1:
+                for future in passes:
+                    future.add_done_callback(partial(_drop_rest, passes))
         try:
             if futures:
                 left = None if math.isinf(deadline) else deadline - loop.time()
@@ -267,8 +282,53 @@ class Encoder:
             # On return all are done, unless the time is up; when the caller left, none is wanted.
             for future in futures:
                 future.cancel()
-        rows = iter(futures)
-        return [_outcome(each, next(rows)) if isinstance(each, Prepared) else each for each in prepared]
+        return [
+            self._outcome(each, passes) if isinstance(each, Prepared) else each
+            for each, passes in zip(prepared, waiting, strict=True)
+        ]
+
+    def _outcome(self, prepared: Prepared, futures: Sequence[asyncio.Future[Row]]) -> Encoded | EmbedMeshError:
+        """Give what became of one input."""
+        errors = [future.exception() for future in futures if not future.cancelled()]
+        for error in errors:
+            if error is not None:
+                assert isinstance(error, EmbedMeshError)  # noqa: S101  (the batcher's futures raise nothing else)
+                return error
+        if len(errors) < len(futures):
+            return DeadlineExceeded("the deadline passed before this input was embedded")
+        row = futures[0].result() if len(futures) == 1 else self._joined(prepared, [f.result() for f in futures])
+        if isinstance(row, EmbedMeshError):
+            return row
+        vector, norm, others = row
+        return Encoded(
+            vector,
+            norm,
+            sum(each.units for each in prepared.passes),
+            sum(each.original_units for each in prepared.passes),
+            any(each.truncated for each in prepared.passes),
+            others,
+        )
+
+    def _joined(self, prepared: Prepared, rows: Sequence[Row]) -> Row | EmbedMeshError:
+        """Make one vector of each kind of those that the passes gave."""
+        vector, norm = _NO_VECTOR, 0.0
+        if rows[0][0].size:
+            # As pooled: the mean of normalised vectors would be another one.
+            scales = [norm if self.spec.normalized else 1.0 for _, norm, _ in rows]
+            weights = np.array([each.weight for each in prepared.passes]) * scales
+            pooled = (weights @ np.stack([vector for vector, _, _ in rows])).astype(np.float32)[None]
+            norms = l2_norms(pooled)
+            norm = float(norms[0])
+            if not math.isfinite(norm):
+                return _NotFinite("the vector of this input is not finite")
+            vector = (normalized(pooled, norms) if self.spec.normalized else pooled)[0]
+        found = [others for _, _, others in rows if others]
+        sparse = [others.sparse for others in found if others.sparse]
+        parts = [others.multi_vector for others in found if others.multi_vector is not None]
+        if (size := sum(part.nbytes for part in parts)) > _MULTI_VECTOR_BYTES:
+            return InputTooLarge.over("the multi-vector", size, _MULTI_VECTOR_BYTES, "bytes")
+        others = Others(largest(sparse) if sparse else None, np.concatenate(parts) if parts else None)
+        return vector, norm, others if found else None
 
     async def _prepare(
         self, items: Sequence[Any], truncation: pb.Truncation.ValueType, deadline: float
@@ -375,15 +435,11 @@ class Encoder:
         self._metrics.inputs.labels(self.spec.name, name).inc(inputs)
 
 
-def _outcome(prepared: Prepared, future: asyncio.Future[Row]) -> Encoded | EmbedMeshError:
-    if future.cancelled():
-        return DeadlineExceeded("the deadline passed before this input was embedded")
-    error = future.exception()
-    if error is not None:
-        assert isinstance(error, EmbedMeshError)  # noqa: S101  (the batcher's futures raise nothing else)
-        return error
-    vector, norm, others = future.result()
-    return Encoded(vector, norm, prepared.units, prepared.original_units, prepared.truncated, others)
+def _drop_rest(passes: Sequence[asyncio.Future[Row]], done: asyncio.Future[Row]) -> None:
+    """Take the other passes of an input out of the queue when one of them failed."""
+    if not done.cancelled() and done.exception() is not None:
+        for future in passes:
+            future.cancel()
 
 
 def _wanting(prepared: Prepared, kinds: frozenset[pb.EmbeddingKind.ValueType]) -> Prepared:

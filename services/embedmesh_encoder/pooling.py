@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Pooling", "Sparse", "lexical", "nonzero", "pool", "splade"]
+__all__ = ["Pooling", "Sparse", "largest", "lexical", "nonzero", "pool", "splade"]
 
 # Of a sparse vector: the indices, ascending, uint32 [k]; the values there, float32 [k], none of them zero.
 Sparse = tuple[NDArray[np.uint32], NDArray[np.float32]]
@@ -84,6 +84,16 @@ def lexical(weights: NDArray[np.float32], ids: NDArray[np.int64]) -> Sparse:
     largest = np.zeros(len(unique), np.float32)
     np.maximum.at(largest, places, weights)
     return nonzero(unique, largest)
+
+
+def largest(vectors: Sequence[Sparse]) -> Sparse:
+    """Give the largest weight that each index has in any of the sparse vectors."""
+    indices = np.concatenate([indices for indices, _ in vectors])
+    values = np.concatenate([values for _, values in vectors])
+    unique, places = np.unique(indices, return_inverse=True)
+    found = np.full(len(unique), -np.inf, np.float32)
+    np.maximum.at(found, places, values)
+    return unique, found
 
 
 def nonzero(indices: NDArray[np.int64], values: NDArray[np.float32]) -> Sparse:

@@ -31,6 +31,9 @@ class Prepared:
         group: Only inputs of equal group can be collated, e.g. images of one shape. None where all can.
         rows: Which of the units have a row in the multi-vector, bool [units]; None where the model makes none.
         kinds: Kinds of vector wanted.
+        more: The other passes of the model that this input takes; each is in a batch like any other input, and the
+            vectors of all become one. What stands above is of the first pass alone.
+        weight: Of this pass's dense vector as pooled, in the mean over all; they sum up to 1.
     """
 
     data: Any
@@ -40,6 +43,13 @@ class Prepared:
     group: Hashable = None
     rows: NDArray[np.bool_] | None = None
     kinds: frozenset[pb.EmbeddingKind.ValueType] = DENSE
+    more: tuple[Prepared, ...] = ()
+    weight: float = 1.0
+
+    @property
+    def passes(self) -> tuple[Prepared, ...]:
+        """All passes of this input."""
+        return (self, *self.more)
 
 
 @dataclass(frozen=True, slots=True)

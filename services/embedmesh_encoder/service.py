@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 import grpc
@@ -48,7 +49,7 @@ from embedmesh_encoder.encoder import Encoded, Encoder
 from embedmesh_encoder.image import ImageItem
 from embedmesh_encoder.model import ModelError, ModelSpec
 from embedmesh_encoder.preparation import DENSE, Others
-from embedmesh_encoder.text import TextItem
+from embedmesh_encoder.text import Chunking, TextItem
 from embedmesh_server.interceptor import deadline_of
 from embedmesh_server.metrics import EncoderMetrics
 from embedmesh_server.tracing import NO_TRACING, Tracing
@@ -186,6 +187,10 @@ class EmbedService:
         self._default_timeout = default_timeout_seconds
         self._tracing = tracing
 
+    def find(self, wanted: str) -> Encoder:
+        """See `Models.find`."""
+        return self._models.find(wanted)
+
     async def embed(
         self,
         request: _Request,
@@ -244,7 +249,9 @@ class TextEncoderServicer(text_pb2_grpc.TextEncoderServicer):
     async def EmbedText(  # noqa: D102  (described by the contract)
         self, request: text_pb2.EmbedTextRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> text_pb2.EmbedTextResponse:
-        return await self._service.embed(request, text_pb2.EmbedTextResponse(), _read_text, "text", context)
+        spec = self._service.find(request.model).spec
+        read = partial(_read_text, _chunking(request, spec))
+        return await self._service.embed(request, text_pb2.EmbedTextResponse(), read, "text", context)
 
 
 class ImageEncoderServicer(image_pb2_grpc.ImageEncoderServicer):
@@ -317,9 +324,26 @@ def _read(read: Callable[[Any], Any], message: Any) -> Any:
         return error
 
 
-def _read_text(message: text_pb2.TextInput) -> TextItem:
+def _chunking(request: text_pb2.EmbedTextRequest, spec: ModelSpec) -> Chunking:
+    units, overlap = request.chunking.units, request.chunking.overlap
+    if request.HasField("chunking") and request.truncation != pb.TRUNCATION_CHUNK:
+        raise InvalidRequest("chunking is for the truncation CHUNK, which was not asked for", field="chunking")
+    if units > spec.max_input_units:
+        raise InvalidRequest(
+            f'chunks of {units} tokens are more than the {spec.max_input_units} that model "{spec.name}" reads',
+            field="chunking.units",
+        )
+    if overlap >= (units or spec.max_input_units):
+        raise InvalidRequest(
+            f"an overlap of {overlap} tokens leaves nothing new in chunks of {units or spec.max_input_units}",
+            field="chunking.overlap",
+        )
+    return Chunking(units, overlap)
+
+
+def _read_text(chunking: Chunking, message: text_pb2.TextInput) -> TextItem:
     _known(text_pb2.TextRole, message.role, "role")
-    return TextItem(message.text, message.role, message.instruction)
+    return TextItem(message.text, message.role, message.instruction, tuple(message.instructions), chunking)
 
 
 def _read_image(message: image_pb2.ImageInput) -> ImageItem:

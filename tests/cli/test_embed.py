@@ -61,6 +61,17 @@ def test_truncation_is_told(cli: Any, mesh: Any) -> None:
     assert "vector" in lines(refused.out)[1]
 
 
+def test_instructions_and_chunks(cli: Any, mesh: Any) -> None:
+    several = cli("embed", "--address", mesh.address, "--instruction", "a: ", "--instruction", "bb: ", "x")
+    assert lines(several.out)[0]["units"] == 6 + 7
+    options = ("--truncation", "chunk", "--chunk-units", 102, "--chunk-overlap", 10)
+    chunked = cli("embed", "--address", mesh.address, *options, "x" * 190)
+    assert (lines(chunked.out)[0]["units"], lines(chunked.out)[0]["truncated"]) == (102 * 2, False)
+    wrong = cli("embed", "--address", mesh.address, "--chunk-units", 100, "x")
+    assert wrong.status == 1
+    assert "chunk_units is for truncation='chunk'" in wrong.err
+
+
 def test_file_with_bad_lines(cli: Any, mesh: Any, tmp_path: Path) -> None:
     """A line that is not UTF-8 fails alone, in its place, and an empty line is a text."""
     source = tmp_path / "texts.txt"

@@ -51,6 +51,48 @@ def test_no_more_than_concurrency_requests_are_in_flight(connect: Any, gateway: 
     assert most == 2
 
 
+def test_passes_reach_the_gateway(connect: Any, gateway: Any) -> None:
+    inputs = ["plain", Text("own", instructions=["mine", "too"]), Text("asks", role="query"), Text("bare")]
+    connect(gateway.address).embed(
+        inputs, instructions=iter(["a", "b"]), truncation="chunk", chunk_units=64, chunk_overlap=8
+    )
+    (request,) = gateway.requests
+    assert request.truncation == embedding_pb2.TRUNCATION_CHUNK
+    assert request.chunking == embedding_pb2.Chunking(units=64, overlap=8)
+    assert [list(each.text.instructions) for each in request.inputs] == [["a", "b"], ["mine", "too"], [], ["a", "b"]]
+    assert [each.text.role for each in request.inputs] == [0, 0, 1, 0]
+
+
+def test_a_role_of_the_call_is_not_for_texts_with_instructions(connect: Any, gateway: Any) -> None:
+    connect(gateway.address).embed(["plain", Text("own", instructions=["mine"])], role="query", instruction="i")
+    (request,) = gateway.requests
+    assert [each.text.role for each in request.inputs] == [1, 0]
+    assert [each.text.instruction for each in request.inputs] == ["i", ""]
+    assert not request.HasField("chunking")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"instructions": "one"}, TypeError, "put it into a list"),
+        ({"instructions": [b"one"]}, TypeError, "many str"),
+        ({"instructions": ["one"], "role": "query"}, embedmesh.InvalidRequest, "not both"),
+        ({"instructions": ["one"], "instruction": "two"}, embedmesh.InvalidRequest, "not both"),
+        ({"instructions": ["\ud800"]}, embedmesh.InvalidRequest, "surrogate"),
+        ({"chunk_units": 12}, embedmesh.InvalidRequest, "truncation='chunk'"),
+        ({"chunk_overlap": 1, "truncation": "end"}, embedmesh.InvalidRequest, "truncation='chunk'"),
+        ({"chunk_units": -1, "truncation": "chunk"}, embedmesh.InvalidRequest, "chunk_units is -1"),
+        ({"chunk_overlap": 1.5, "truncation": "chunk"}, TypeError, "an int"),
+    ],
+)
+def test_bad_passes_are_refused_before_anything_is_sent(
+    connect: Any, gateway: Any, options: dict[str, Any], kind: Any, message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        connect(gateway.address).embed(["a"], **options)
+    assert not gateway.requests
+
+
 def test_options_reach_the_gateway(connect: Any, gateway: Any) -> None:
     connect(gateway.address).embed(
         ["plain", Text("own", role="document", instruction="mine")],

@@ -33,6 +33,16 @@ def test_text_takes_str(arguments: tuple[Any, ...]) -> None:
         Text(*arguments)
 
 
+def test_text_with_several_instructions() -> None:
+    item = Text("a", instructions=["b", "ä"])
+    assert written(item) == gateway_pb2.Input(text=text_pb2.TextInput(text="a", instructions=["b", "ä"]))
+    assert item.nbytes == 4
+    with pytest.raises(embedmesh.InvalidRequest, match="not both"):
+        Text("a", "query", instructions=["b"])
+    with pytest.raises(TypeError, match="into a list"):
+        Text("a", instructions="b")
+
+
 def test_text_has_one_of_two_roles() -> None:
     role: Any = "passage"
     with pytest.raises(embedmesh.InvalidRequest, match="'query', 'document'"):

@@ -22,7 +22,10 @@ OPTIONS = _plan.parse_options(
     normalize=None,
     role=None,
     instruction="",
+    instructions=(),
     truncation="end",
+    chunk_units=0,
+    chunk_overlap=0,
     cache="read_write",
     priority="bulk",
 )

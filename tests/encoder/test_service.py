@@ -286,7 +286,7 @@ async def test_a_model_that_is_not_loaded_is_named_but_not_ready(open_house: Ope
     assert list(one.kinds) == [pb.EMBEDDING_KIND_DENSE]
     assert (one.dimensions, list(one.truncatable_dimensions)) == (64, [32, 16])
     assert (one.max_input_units, one.max_inputs, one.normalized) == (256, 256, True)
-    assert dict(one.limits) == {"text_bytes": 1 << 20}
+    assert dict(one.limits) == {"text_bytes": 1 << 20, "text_passes": 128}
     assert not models[1].normalized
     assert repr(house.models) == "<Models ready=1/2>"
 

@@ -43,7 +43,7 @@ def prepared(*lengths: int) -> list[Prepared]:
 
 def test_it_is_a_preparer(preparer: TextPreparer) -> None:
     checked: Preparer = preparer
-    assert checked.limits == {"text_bytes": 1000}
+    assert checked.limits == {"text_bytes": 1000, "text_passes": 128}
     assert not checked.padded
 
 

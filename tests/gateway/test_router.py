@@ -598,6 +598,49 @@ def test_parts_never_run_together(one: tuple[str, str], other: tuple[str, str]) 
     assert (keys[0] == keys[1]) == (one == other)
 
 
+def test_keys_tell_passes_apart() -> None:
+    ref = pb.ModelRef(name="m", revision="r", space="s")
+
+    def key(truncation: Any, units: int = 0, overlap: int = 0, **given: Any) -> bytes:
+        item = text_pb2.TextInput(text="x", **given)
+        return cache_key(ref, "text", truncation, item, pb.Chunking(units=units, overlap=overlap))
+
+    end, chunk = pb.TRUNCATION_END, pb.TRUNCATION_CHUNK
+    keys = [
+        key(end),
+        key(chunk),
+        key(chunk, 12),
+        key(chunk, 1, 2),
+        key(chunk, 0, 12),
+        key(end, instruction="a"),
+        key(end, instructions=["a"]),
+        key(end, instructions=["a", "b"]),
+        key(end, instructions=["b", "a"]),
+        key(end, instructions=["ab"]),
+        key(chunk, instructions=["ab"]),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key(end, 12) == key(end)  # what is not cut has no chunks
+    # A key of the first release: caches stay warm.
+    assert key(end).hex() == "656d313a11382f8da77f4e7625d50e76dc609e79"
+
+
+async def test_chunking_and_instructions_reach_the_encoder_and_are_cached_apart(mesh: Any) -> None:
+    plain = text("x")
+    several = text_pb2.TextInput(text="x", instructions=["a", "b"])
+    chunking = pb.Chunking(units=12, overlap=3)
+    for cached in (False, True):
+        response = await mesh.embed([plain, several], truncation=pb.TRUNCATION_CHUNK, chunking=chunking)
+        assert [result.cached for result in response.results] == [cached] * 2
+    (call,) = mesh.encoders["text"][0].calls
+    assert (call.truncation, call.chunking) == (pb.TRUNCATION_CHUNK, chunking)
+    assert [list(each.instructions) for each in call.inputs] == [[], ["a", "b"]]
+    other = await mesh.embed([plain], truncation=pb.TRUNCATION_CHUNK, chunking=pb.Chunking(units=12))
+    assert not other.results[0].cached
+    with pytest.raises(grpc.aio.AioRpcError, match="truncation CHUNK"):
+        await mesh.embed([plain], chunking=chunking)
+
+
 async def test_roles_and_instructions_never_share_a_vector(mesh: Any) -> None:
     inputs = [text("x"), text("x", 1), text("x", 2), text("x", 0, "i"), text("x", 1, "i"), text("ix")]
     for _ in range(2):

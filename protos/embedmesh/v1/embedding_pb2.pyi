@@ -110,6 +110,12 @@ class _TruncationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Truncation
     """Drop the beginning, keep the end."""
     TRUNCATION_REFUSE: _Truncation.ValueType  # 3
     """Answer this input with INPUT_TOO_LARGE instead of cutting it."""
+    TRUNCATION_CHUNK: _Truncation.ValueType  # 4
+    """Texts: nothing is dropped. A text that is too long is cut into chunks (see Chunking), each is embedded by
+    itself, and their vectors become one. Dense: the mean of the vectors as pooled, weighted by the tokens of text in
+    each chunk, then normalised as the model does. Sparse: the largest weight of each entry. Multi-vector: the rows
+    of all chunks in order. `truncated` is then false, and `input_units` counts every chunk. Sounds: REFUSE.
+    """
 
 class Truncation(_Truncation, metaclass=_TruncationEnumTypeWrapper):
     """What to do with an input longer than the model can read."""
@@ -122,6 +128,12 @@ TRUNCATION_START: Truncation.ValueType  # 2
 """Drop the beginning, keep the end."""
 TRUNCATION_REFUSE: Truncation.ValueType  # 3
 """Answer this input with INPUT_TOO_LARGE instead of cutting it."""
+TRUNCATION_CHUNK: Truncation.ValueType  # 4
+"""Texts: nothing is dropped. A text that is too long is cut into chunks (see Chunking), each is embedded by
+itself, and their vectors become one. Dense: the mean of the vectors as pooled, weighted by the tokens of text in
+each chunk, then normalised as the model does. Sparse: the largest weight of each entry. Multi-vector: the rows
+of all chunks in order. `truncated` is then false, and `input_units` counts every chunk. Sounds: REFUSE.
+"""
 Global___Truncation: _TypeAlias = Truncation  # noqa: Y015
 
 class _Priority:
@@ -262,6 +274,34 @@ class Embedding(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Embedding: _TypeAlias = Embedding  # noqa: Y015
+
+@_typing.final
+class Chunking(_message.Message):
+    """How TRUNCATION_CHUNK cuts texts; INVALID_REQUEST with any other truncation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNITS_FIELD_NUMBER: _builtins.int
+    OVERLAP_FIELD_NUMBER: _builtins.int
+    units: _builtins.int
+    """The most tokens of a chunk, the model's special tokens and the prompt included, which every chunk has. Texts up to
+    that length are not cut. 0 means ModelInfo.max_input_units, over which it is INVALID_REQUEST.
+    """
+    overlap: _builtins.int
+    """Tokens of text with which a chunk repeats the end of the one before it: fewer than a chunk has."""
+    def __init__(
+        self,
+        *,
+        units: _builtins.int = ...,
+        overlap: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["overlap", b"overlap", "units", b"units"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Chunking: _TypeAlias = Chunking  # noqa: Y015
 
 @_typing.final
 class OutputOptions(_message.Message):

@@ -29,25 +29,25 @@ from embedmesh.v1 import text_pb2 as embedmesh_dot_v1_dot_text__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65mbedmesh/v1/gateway.proto\x12\x0c\x65mbedmesh.v1\x1a\x18\x65mbedmesh/v1/audio.proto\x1a\x1c\x65mbedmesh/v1/embedding.proto\x1a\x18\x65mbedmesh/v1/image.proto\x1a\x17\x65mbedmesh/v1/text.proto\x1a\x17google/rpc/status.proto\"\x92\x01\n\x05Input\x12\'\n\x04text\x18\x01 \x01(\x0b\x32\x17.embedmesh.v1.TextInputH\x00\x12)\n\x05image\x18\x02 \x01(\x0b\x32\x18.embedmesh.v1.ImageInputH\x00\x12)\n\x05\x61udio\x18\x03 \x01(\x0b\x32\x18.embedmesh.v1.AudioInputH\x00\x42\n\n\x08modality\"\xf1\x01\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06inputs\x18\x02 \x03(\x0b\x32\x13.embedmesh.v1.Input\x12+\n\x06output\x18\x03 \x01(\x0b\x32\x1b.embedmesh.v1.OutputOptions\x12,\n\ntruncation\x18\x04 \x01(\x0e\x32\x18.embedmesh.v1.Truncation\x12(\n\x05\x63\x61\x63he\x18\x05 \x01(\x0e\x32\x19.embedmesh.v1.CachePolicy\x12(\n\x08priority\x18\x06 \x01(\x0e\x32\x16.embedmesh.v1.Priority\"\x87\x01\n\rEmbedResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.embedmesh.v1.ModelRef\x12*\n\x07results\x18\x02 \x03(\x0b\x32\x19.embedmesh.v1.EmbedResult\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.embedmesh.v1.Usage\"S\n\x12\x45mbedStreamRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.embedmesh.v1.EmbedRequest\"\x88\x01\n\x13\x45mbedStreamResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1b.embedmesh.v1.EmbedResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome*{\n\x0b\x43\x61\x63hePolicy\x12\x1c\n\x18\x43\x41\x43HE_POLICY_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43\x41\x43HE_POLICY_READ_WRITE\x10\x01\x12\x18\n\x14\x43\x41\x43HE_POLICY_REFRESH\x10\x02\x12\x17\n\x13\x43\x41\x43HE_POLICY_BYPASS\x10\x03\x32\xa3\x01\n\x07Gateway\x12@\n\x05\x45mbed\x12\x1a.embedmesh.v1.EmbedRequest\x1a\x1b.embedmesh.v1.EmbedResponse\x12V\n\x0b\x45mbedStream\x12 .embedmesh.v1.EmbedStreamRequest\x1a!.embedmesh.v1.EmbedStreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65mbedmesh/v1/gateway.proto\x12\x0c\x65mbedmesh.v1\x1a\x18\x65mbedmesh/v1/audio.proto\x1a\x1c\x65mbedmesh/v1/embedding.proto\x1a\x18\x65mbedmesh/v1/image.proto\x1a\x17\x65mbedmesh/v1/text.proto\x1a\x17google/rpc/status.proto\"\x92\x01\n\x05Input\x12\'\n\x04text\x18\x01 \x01(\x0b\x32\x17.embedmesh.v1.TextInputH\x00\x12)\n\x05image\x18\x02 \x01(\x0b\x32\x18.embedmesh.v1.ImageInputH\x00\x12)\n\x05\x61udio\x18\x03 \x01(\x0b\x32\x18.embedmesh.v1.AudioInputH\x00\x42\n\n\x08modality\"\x9b\x02\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06inputs\x18\x02 \x03(\x0b\x32\x13.embedmesh.v1.Input\x12+\n\x06output\x18\x03 \x01(\x0b\x32\x1b.embedmesh.v1.OutputOptions\x12,\n\ntruncation\x18\x04 \x01(\x0e\x32\x18.embedmesh.v1.Truncation\x12(\n\x05\x63\x61\x63he\x18\x05 \x01(\x0e\x32\x19.embedmesh.v1.CachePolicy\x12(\n\x08priority\x18\x06 \x01(\x0e\x32\x16.embedmesh.v1.Priority\x12(\n\x08\x63hunking\x18\x07 \x01(\x0b\x32\x16.embedmesh.v1.Chunking\"\x87\x01\n\rEmbedResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.embedmesh.v1.ModelRef\x12*\n\x07results\x18\x02 \x03(\x0b\x32\x19.embedmesh.v1.EmbedResult\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.embedmesh.v1.Usage\"S\n\x12\x45mbedStreamRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.embedmesh.v1.EmbedRequest\"\x88\x01\n\x13\x45mbedStreamResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1b.embedmesh.v1.EmbedResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome*{\n\x0b\x43\x61\x63hePolicy\x12\x1c\n\x18\x43\x41\x43HE_POLICY_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43\x41\x43HE_POLICY_READ_WRITE\x10\x01\x12\x18\n\x14\x43\x41\x43HE_POLICY_REFRESH\x10\x02\x12\x17\n\x13\x43\x41\x43HE_POLICY_BYPASS\x10\x03\x32\xa3\x01\n\x07Gateway\x12@\n\x05\x45mbed\x12\x1a.embedmesh.v1.EmbedRequest\x1a\x1b.embedmesh.v1.EmbedResponse\x12V\n\x0b\x45mbedStream\x12 .embedmesh.v1.EmbedStreamRequest\x1a!.embedmesh.v1.EmbedStreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'embedmesh.v1.gateway_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CACHEPOLICY']._serialized_start=931
-  _globals['_CACHEPOLICY']._serialized_end=1054
+  _globals['_CACHEPOLICY']._serialized_start=973
+  _globals['_CACHEPOLICY']._serialized_end=1096
   _globals['_INPUT']._serialized_start=177
   _globals['_INPUT']._serialized_end=323
   _globals['_EMBEDREQUEST']._serialized_start=326
-  _globals['_EMBEDREQUEST']._serialized_end=567
-  _globals['_EMBEDRESPONSE']._serialized_start=570
-  _globals['_EMBEDRESPONSE']._serialized_end=705
-  _globals['_EMBEDSTREAMREQUEST']._serialized_start=707
-  _globals['_EMBEDSTREAMREQUEST']._serialized_end=790
-  _globals['_EMBEDSTREAMRESPONSE']._serialized_start=793
-  _globals['_EMBEDSTREAMRESPONSE']._serialized_end=929
-  _globals['_GATEWAY']._serialized_start=1057
-  _globals['_GATEWAY']._serialized_end=1220
+  _globals['_EMBEDREQUEST']._serialized_end=609
+  _globals['_EMBEDRESPONSE']._serialized_start=612
+  _globals['_EMBEDRESPONSE']._serialized_end=747
+  _globals['_EMBEDSTREAMREQUEST']._serialized_start=749
+  _globals['_EMBEDSTREAMREQUEST']._serialized_end=832
+  _globals['_EMBEDSTREAMRESPONSE']._serialized_start=835
+  _globals['_EMBEDSTREAMRESPONSE']._serialized_end=971
+  _globals['_GATEWAY']._serialized_start=1099
+  _globals['_GATEWAY']._serialized_end=1262
 # @@protoc_insertion_point(module_scope)

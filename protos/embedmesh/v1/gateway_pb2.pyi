@@ -96,6 +96,7 @@ class EmbedRequest(_message.Message):
     TRUNCATION_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    CHUNKING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of a family or of a model, "name@revision" to pin it; empty means the
     default model of each modality.
@@ -109,6 +110,10 @@ class EmbedRequest(_message.Message):
 
     @_builtins.property
     def output(self) -> _embedding_pb2.OutputOptions: ...
+    @_builtins.property
+    def chunking(self) -> _embedding_pb2.Chunking:
+        """Of the texts."""
+
     def __init__(
         self,
         *,
@@ -118,10 +123,11 @@ class EmbedRequest(_message.Message):
         truncation: _embedding_pb2.Truncation.ValueType = ...,
         cache: Global___CachePolicy.ValueType = ...,
         priority: _embedding_pb2.Priority.ValueType = ...,
+        chunking: _embedding_pb2.Chunking | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunking", b"chunking", "output", b"output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "inputs", b"inputs", "model", b"model", "output", b"output", "priority", b"priority", "truncation", b"truncation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "chunking", b"chunking", "inputs", b"inputs", "model", b"model", "output", b"output", "priority", b"priority", "truncation", b"truncation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -53,6 +53,7 @@ class TextInput(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     INSTRUCTION_FIELD_NUMBER: _builtins.int
+    INSTRUCTIONS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Any Unicode text, the empty one included: "" has the vector that the reference
     library gives it. At most the node's text limit (1 MiB of UTF-8 by default),
@@ -61,16 +62,26 @@ class TextInput(_message.Message):
     role: Global___TextRole.ValueType
     instruction: _builtins.str
     """Free instruction put before the text in place of the role's prompt."""
+    @_builtins.property
+    def instructions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Several instructions, at most 16, none of them empty, in place of `role` and `instruction` (INVALID_REQUEST for
+        this input with either). The text is embedded with each, and the vectors become one: dense vectors by the mean of
+        the vectors as pooled, then normalised as the model does (MetaEOL, Lei et al. 2024); other kinds as for
+        TRUNCATION_CHUNK. `input_units` counts every pass. With chunks, a text takes at most as many passes of the model
+        as ModelInfo.limits["text_passes"] says.
+        """
+
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         role: Global___TextRole.ValueType = ...,
         instruction: _builtins.str = ...,
+        instructions: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instruction", b"instruction", "role", b"role", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instruction", b"instruction", "instructions", b"instructions", "role", b"role", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -85,6 +96,7 @@ class EmbedTextRequest(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     TRUNCATION_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    CHUNKING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model, "name@revision" to pin it; empty means the node's default."""
     truncation: _embedding_pb2.Truncation.ValueType
@@ -93,6 +105,8 @@ class EmbedTextRequest(_message.Message):
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextInput]: ...
     @_builtins.property
     def output(self) -> _embedding_pb2.OutputOptions: ...
+    @_builtins.property
+    def chunking(self) -> _embedding_pb2.Chunking: ...
     def __init__(
         self,
         *,
@@ -101,10 +115,11 @@ class EmbedTextRequest(_message.Message):
         output: _embedding_pb2.OutputOptions | None = ...,
         truncation: _embedding_pb2.Truncation.ValueType = ...,
         priority: _embedding_pb2.Priority.ValueType = ...,
+        chunking: _embedding_pb2.Chunking | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunking", b"chunking", "output", b"output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "model", b"model", "output", b"output", "priority", b"priority", "truncation", b"truncation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunking", b"chunking", "inputs", b"inputs", "model", b"model", "output", b"output", "priority", b"priority", "truncation", b"truncation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -96,11 +96,22 @@ def embed(
         Literal["query", "document"] | None, typer.Option(help="Puts the model's prompt for this role before the text.")
     ] = None,
     instruction: Annotated[
-        str, typer.Option(metavar="TEXT", help="Puts this before the text, in place of the role's prompt.")
-    ] = "",
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Puts this before the text, in place of the role's prompt. Given several times: the average over all.",
+        ),
+    ] = None,
     truncation: Annotated[
-        Literal["end", "start", "refuse"], typer.Option(help="What is cut from a text that is too long.")
+        Literal["end", "start", "refuse", "chunk"],
+        typer.Option(help="What is cut from a text that is too long; chunk: the average over its parts."),
     ] = "end",
+    chunk_units: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Most tokens of a chunk; 0: as many as the model reads.")
+    ] = 0,
+    chunk_overlap: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Tokens that a chunk has in common with the one before.")
+    ] = 0,
     cache: Annotated[
         Literal["read_write", "refresh", "bypass"],
         typer.Option(help="Use the cache, renew what it holds, or leave it alone."),
@@ -129,8 +140,10 @@ def embed(
         "dimensions": dimensions,
         "dtype": dtype,
         "role": role,
-        "instruction": instruction,
+        **_instructions(instruction or []),
         "truncation": truncation,
+        "chunk_units": chunk_units,
+        "chunk_overlap": chunk_overlap,
         "cache": cache,
     }
     if priority:
@@ -155,6 +168,10 @@ def embed(
         typer.echo(f"{missed!r} was embedded as a text; --media embeds what is in the file.", err=True)
     if status:
         raise typer.Exit(status)
+
+
+def _instructions(given: list[str]) -> dict[str, Any]:
+    return {"instructions": given} if len(given) > 1 else {"instruction": "".join(given)}
 
 
 class _Run:

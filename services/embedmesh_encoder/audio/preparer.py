@@ -134,12 +134,12 @@ class AudioPreparer:
 
         Args:
             item: The sound.
-            truncation: START keeps the last units, REFUSE cuts nothing, all else keeps the first.
+            truncation: START keeps the last units, REFUSE and CHUNK cut nothing, all else keeps the first.
 
         Raises:
             InvalidRequest: Neither a file nor samples, or samples of another type than the contract's.
             UndecodableInput: It cannot be decoded, or holds no sound.
-            InputTooLarge: Over a limit, or too many units under REFUSE.
+            InputTooLarge: Over a limit, or too many units under REFUSE or CHUNK.
         """
         keep_end = truncation == pb.TRUNCATION_START
         rate = self._spec.sampling_rate
@@ -148,7 +148,7 @@ class AudioPreparer:
         samples, start, total = resample(self._sound(item, seconds, keep_end=keep_end), rate)
         original = self._spec.units(total)
         truncated = original > self._most_units and not self._spec.reads_all
-        if truncated and truncation == pb.TRUNCATION_REFUSE:
+        if truncated and truncation in (pb.TRUNCATION_REFUSE, pb.TRUNCATION_CHUNK):
             raise InputTooLarge.over("the sound", original, self._most_units, "frames")
         if truncated:
             if keep_end:

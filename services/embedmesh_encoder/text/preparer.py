@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -19,13 +19,29 @@ from embedmesh_encoder.pooling import Sparse, lexical, nonzero, pool, splade
 from embedmesh_encoder.preparation import Others, Prepared
 from embedmesh_encoder.text.tokens import WindowedTokenizer
 
-__all__ = ["MAX_TEXT_BYTES", "TextItem", "TextPreparer", "fill_rows"]
+__all__ = ["MAX_PASSES", "MAX_TEXT_BYTES", "Chunking", "TextItem", "TextPreparer", "fill_rows"]
 
 MAX_TEXT_BYTES: Final = 1 << 20
+# Of the model, for one text: at 512 tokens a pass they fill the queue that an encoder has by default.
+MAX_PASSES: Final = 128
+_MAX_INSTRUCTIONS: Final = 16
 
 # MiniLM's tokenizer takes 0.27 us a character, and as much for a text as for 30 of them.
 _QUICK_CHARACTERS: Final = 1000
 _TEXT_CHARACTERS: Final = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Chunking:
+    """How TRUNCATION_CHUNK cuts.
+
+    Attributes:
+        units: Most tokens of a chunk, special tokens and prompt included; 0 for as many as the model reads.
+        overlap: Tokens of text that a chunk has in common with the one before.
+    """
+
+    units: int = 0
+    overlap: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +52,20 @@ class TextItem:
         text: Any Unicode text, the empty one included.
         role: Chooses the model's own prompt.
         instruction: Put before the text in place of the role's prompt, unless empty.
+        instructions: Several in place of role and instruction: the text is embedded with each.
+        chunking: How the text is cut under CHUNK.
     """
 
     text: str
     role: text_pb2.TextRole.ValueType = text_pb2.TEXT_ROLE_UNSPECIFIED
     instruction: str = ""
+    instructions: tuple[str, ...] = ()
+    chunking: Chunking = Chunking()
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """All strings that a caller gave."""
+        return (self.text, self.instruction, *self.instructions)
 
 
 class TextPreparer:
@@ -74,7 +99,7 @@ class TextPreparer:
         """
         if spec.text is None:
             raise ModelError(f'model "{spec.name}" is for {spec.modality}, not for text')
-        self.limits: Mapping[str, int] = {"text_bytes": max_text_bytes}
+        self.limits: Mapping[str, int] = {"text_bytes": max_text_bytes, "text_passes": MAX_PASSES}
         self.padded = spec.graph.layout == "padded"
         self._max_units = spec.max_input_units
         self._tokenizer = WindowedTokenizer(spec.path(spec.text.tokenizer), spec.max_input_units)
@@ -97,9 +122,12 @@ class TextPreparer:
 
     def is_quick(self, items: Sequence[TextItem | EmbedMeshError]) -> bool:
         """Whether the texts are few and short."""
-        size = sum(
-            _TEXT_CHARACTERS + len(item.instruction) + len(item.text) for item in items if isinstance(item, TextItem)
-        )
+        size = 0
+        for item in items:
+            if isinstance(item, TextItem):
+                size += _TEXT_CHARACTERS + len(item.instruction) + len(item.text)
+                if item.instructions:
+                    size += len(item.instructions) * (_TEXT_CHARACTERS + len(item.text))
         return size <= _QUICK_CHARACTERS
 
     def prepare(self, item: TextItem, truncation: pb.Truncation.ValueType) -> Prepared:
@@ -107,23 +135,72 @@ class TextPreparer:
 
         Args:
             item: The text.
-            truncation: START keeps the last tokens, REFUSE cuts nothing, all else keeps the first.
-                A prompt is part of the text: START drops it first.
+            truncation: START keeps the last tokens, REFUSE cuts nothing, CHUNK makes a pass of each chunk, all else
+                keeps the first. A prompt is part of the text: START drops it first; each chunk has it.
 
         Raises:
-            InvalidRequest: The text holds lone surrogates, or nothing that the model can read.
-            InputTooLarge: It has too many bytes, or too many tokens under REFUSE.
+            InvalidRequest: The text holds lone surrogates, or nothing that the model can read; or its instructions
+                cannot be used, or its chunks have no room for the prompt.
+            InputTooLarge: It has too many bytes, too many tokens under REFUSE, or takes too many passes.
         """
-        text = (item.instruction or self._prompts.get(item.role, self._default_prompt)) + item.text
+        if item.instructions:
+            _check_instructions(item)
         try:
-            size = len(item.instruction.encode()) + len(item.text.encode())
+            size = sum(len(given.encode()) for given in item.given)
         except UnicodeEncodeError as error:
             raise InvalidRequest(
                 f"the text holds a lone surrogate (character {error.start}), which is not Unicode text"
             ) from None
         if size > self.limits["text_bytes"]:
             raise InputTooLarge.over("the text", size, self.limits["text_bytes"], "bytes")
-        tokens = self._tokenizer.encode(text, keep_end=truncation == pb.TRUNCATION_START)
+        if not item.instructions:
+            prompt = item.instruction or self._prompts.get(item.role, self._default_prompt)
+            first, *rest = self._passes(item, prompt, truncation, MAX_PASSES)
+        else:
+            many = len(item.instructions)
+            first, *rest = (
+                replace(one, weight=one.weight / many)
+                for prompt in item.instructions
+                for one in self._passes(item, prompt, truncation, MAX_PASSES // many)
+            )
+        return replace(first, more=tuple(rest)) if rest else first
+
+    def _passes(self, item: TextItem, prompt: str, truncation: pb.Truncation.ValueType, most: int) -> list[Prepared]:
+        """Prepare a text behind one prompt: one pass, or under CHUNK one for each of at most so many chunks."""
+        if truncation != pb.TRUNCATION_CHUNK:
+            return [self._pass(item, prompt, truncation)]
+        units = item.chunking.units or self._max_units
+        tokens = self._tokenizer.encode(prompt + item.text)
+        if tokens.exact and tokens.total <= units:
+            return [self._pass(item, prompt, truncation)]
+        content = self._tokenizer.whole(prompt, item.text)
+        room = units - self._tokenizer.overhead - len(content.prompt)
+        if room <= item.chunking.overlap:
+            raise InvalidRequest(
+                f"a chunk of {units} tokens has room for {max(room, 0)} of the text beside special tokens and prompt, "
+                f"and must have more than the overlap of {item.chunking.overlap}: choose longer chunks or a smaller "
+                "overlap"
+            )
+        step = room - item.chunking.overlap
+        count = 1 + -(-(len(content.ids) - room) // step)
+        if count > most:
+            error = InputTooLarge.over("the text", count, most, "chunks")
+            error.message += (
+                f": a text takes at most {MAX_PASSES} passes of the model; choose longer chunks or a smaller overlap, "
+                "or cut the text"
+            )
+            raise error
+        chunks = [content.ids[start : start + room] for start in range(0, count * step, step)]
+        whole = sum(map(len, chunks))
+        return [
+            self._prepared(
+                item, ids := self._tokenizer.within_specials([*content.prompt, *chunk]), len(ids), len(chunk) / whole
+            )
+            for chunk in chunks
+        ]
+
+    def _pass(self, item: TextItem, prompt: str, truncation: pb.Truncation.ValueType) -> Prepared:
+        tokens = self._tokenizer.encode(prompt + item.text, keep_end=truncation == pb.TRUNCATION_START)
         if not tokens.ids:
             raise InvalidRequest("the text holds nothing that this model can read")
         if tokens.total > self._max_units and truncation == pb.TRUNCATION_REFUSE:
@@ -132,13 +209,16 @@ class TextPreparer:
                 f"the text has {count} tokens, the limit is {self._max_units}",
                 metadata={"limit": str(self._max_units), "actual": str(tokens.total), "unit": "tokens"},
             )
-        ids = np.array(tokens.ids, np.int64)
+        return self._prepared(item, tokens.ids, tokens.total)
+
+    def _prepared(self, item: TextItem, tokens: list[int], total: int, weight: float = 1.0) -> Prepared:
+        ids = np.array(tokens, np.int64)
         rows = None
         if self._multi:
             rows = np.arange(len(ids)) >= self._multi.skip_first
             if item.role != text_pb2.TEXT_ROLE_QUERY or self._multi.skip_in_queries:
                 rows &= ~np.isin(ids, self._multi.skip_tokens)
-        return Prepared(ids, units=len(ids), original_units=tokens.total, truncated=tokens.total > len(ids), rows=rows)
+        return Prepared(ids, units=len(ids), original_units=total, truncated=total > len(ids), rows=rows, weight=weight)
 
     def collate(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
         """Lay texts out as int64 feeds; `embedmesh_encoder.model` describes the two layouts."""
@@ -225,6 +305,18 @@ class TextPreparer:
             "position_ids": np.broadcast_to(np.arange(shape[1]), shape),
         }
         return {name: feeds[name] for name in self._graph.inputs}
+
+
+def _check_instructions(item: TextItem) -> None:
+    if len(item.instructions) > _MAX_INSTRUCTIONS:
+        raise InputTooLarge.over(
+            "the list", len(item.instructions), _MAX_INSTRUCTIONS, "instructions", field="instructions"
+        )
+    if item.instruction or item.role:
+        other = "instruction" if item.instruction else "role"
+        raise InvalidRequest(f"give instructions or {other}, not both", field=other)
+    if "" in item.instructions:
+        raise InvalidRequest("an instruction is empty: leave it out", field="instructions")
 
 
 def fill_rows(units: Sequence[int], width: int) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final
 
 from tokenizers import Tokenizer
@@ -13,7 +14,7 @@ from embedmesh_encoder.model import ModelError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Tokens", "WindowedTokenizer"]
+__all__ = ["Content", "Tokens", "WindowedTokenizer"]
 
 # Characters that are always read, so that token counts are exact for texts up to this length.
 WINDOW: Final = 8192
@@ -38,6 +39,19 @@ class Tokens:
     ids: list[int]
     total: int
     exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """All tokens of a text behind a prompt, without special tokens.
+
+    Attributes:
+        prompt: Ids of the tokens that hold nothing of the text.
+        ids: Ids of the others.
+    """
+
+    prompt: list[int]
+    ids: list[int]
 
 
 class WindowedTokenizer:
@@ -75,7 +89,7 @@ class WindowedTokenizer:
         added = self._tokenizer.get_added_tokens_decoder().values()
         self._margin = max([MARGIN, *(2 * len(token.content) for token in added)])
         self._before, self._after = self._special_ids(path)
-        self._room = max_units - len(self._before) - len(self._after)
+        self._room = max_units - self.overhead
         if self._room < 1:
             raise ModelError(f"{path}: max_input_units {max_units} leaves no room beside the special tokens")
 
@@ -87,9 +101,26 @@ class WindowedTokenizer:
     def encode(self, text: str, *, keep_end: bool = False) -> Tokens:
         """Give the first tokens of a text (the last ones with `keep_end`), within special tokens."""
         content, exact = self._content(text, keep_end=keep_end)
-        total = len(content) + len(self._before) + len(self._after)
+        total = len(content) + self.overhead
         kept = content[-self._room :] if keep_end else content[: self._room]
-        return Tokens([*self._before, *kept, *self._after], total, exact)
+        return Tokens(self.within_specials(kept), total, exact)
+
+    @property
+    def overhead(self) -> int:
+        """How many special tokens a text has."""
+        return len(self._before) + len(self._after)
+
+    def whole(self, prompt: str, text: str) -> Content:
+        """Tokenise a text of any length behind its prompt, as `encode` does before it cuts."""
+        encoding = self._tokenizer.encode_batch([prompt + text], add_special_tokens=False)[0]
+        ids, first = encoding.ids, 0
+        if prompt:
+            first = sum(1 for _ in takewhile(lambda offsets: offsets[1] <= len(prompt), encoding.offsets))
+        return Content(ids[:first], ids[first:])
+
+    def within_specials(self, ids: list[int]) -> list[int]:
+        """Put the special tokens around ids."""
+        return [*self._before, *ids, *self._after]
 
     def _content(self, text: str, *, keep_end: bool) -> tuple[list[int], bool]:
         """Give all content ids of the text and True, or more than fit and False."""
