@@ -85,6 +85,8 @@ def _key(prefix: Any, item: Any) -> bytes:
         )
         if item.instructions:  # keys of texts without are those of earlier versions
             parts += _joined(b"instructions", *(each.encode() for each in item.instructions))
+        if item.HasField("late_chunking"):
+            parts += _joined(b"late_chunking", item.late_chunking.SerializeToString(deterministic=True))
     elif isinstance(item, audio_pb2.AudioInput) and item.WhichOneof("source") == "pcm":
         samples = item.pcm.samples
         shape = ",".join(map(str, samples.shape))

@@ -37,7 +37,7 @@ from embedmesh.errors import (
     from_status,
     to_status,
 )
-from embedmesh.v1 import catalog_pb2, gateway_pb2
+from embedmesh.v1 import catalog_pb2, gateway_pb2, text_pb2
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh.vectors import (
     DenseOutput,
@@ -526,7 +526,7 @@ class Router:
                             result.cached = True
                 if group.plan is not None:
                     _finish(group.plan, [results[place] for place in group.places])
-                    if pb.EMBEDDING_KIND_MULTI_VECTOR in group.plan.kinds:
+                    if pb.EMBEDDING_KIND_MULTI_VECTOR in group.plan.kinds or _with_spans(group.inputs):
                         self._fit([results[place] for place in group.places])
                 self._count(response, [(place, results[place]) for place in group.places], group.modality)
             answered = sum(len(group.places) for group in groups)
@@ -658,6 +658,8 @@ def _split(
     """
     info = plan.info
     answer = 4 * info.dimensions + 256
+    if _with_spans([item for _, item in items]):
+        answer *= 1 + info.limits.get("text_spans", 0)
     if pb.EMBEDDING_KIND_SPARSE in plan.fetched:
         answer += 8 * info.sparse_dimensions
     if pb.EMBEDDING_KIND_MULTI_VECTOR in plan.fetched:
@@ -680,6 +682,10 @@ def _split(
         calls[-1].append((key, item))
         size += own
     return calls, too_large
+
+
+def _with_spans(inputs: Iterable[Message]) -> bool:
+    return any(isinstance(item, text_pb2.TextInput) and item.HasField("late_chunking") for item in inputs)
 
 
 def _has(embedding: pb.Embedding, kinds: Iterable[pb.EmbeddingKind.ValueType]) -> bool:
@@ -728,6 +734,8 @@ def _finish(plan: _Plan, results: Sequence[pb.EmbedResult]) -> None:
     for kind in unwanted:
         for result in good:
             result.embedding.ClearField(_FIELDS[kind])
+            if kind == pb.EMBEDDING_KIND_DENSE:
+                result.embedding.ClearField("spans")
     if plan.output.dtype == pb.DTYPE_FLOAT16:
         for result in good:
             _finish_others(result.embedding, plan.output.dtype)
@@ -752,13 +760,17 @@ def _finish_others(embedding: pb.Embedding, dtype: pb.Dtype.ValueType) -> None:
 
 
 def _finish_dense(plan: _Plan, results: Sequence[pb.EmbedResult], width: int) -> None:
-    rows = np.frombuffer(b"".join([r.embedding.dense.data for r in results]), "<f4").reshape(-1, width)
-    norms = np.array([r.embedding.dense_norm for r in results], np.float32) if plan.info.normalized else None
-    tensors = [result.embedding.dense for result in results]
+    found: list[tuple[pb.EmbedResult, pb.Embedding | pb.Span]] = []
+    for result in results:
+        found.append((result, result.embedding))
+        found += [(result, span) for span in result.embedding.spans]
+    rows = np.frombuffer(b"".join([holder.dense.data for _, holder in found]), "<f4").reshape(-1, width)
+    norms = np.array([holder.dense_norm for _, holder in found], np.float32) if plan.info.normalized else None
+    tensors = [holder.dense for _, holder in found]
     for tensor in tensors:
         tensor.Clear()
     finish_dense(rows, norms, plan.output, tensors)
     if norms is not None and not plan.output.normalize:
-        for result, row, norm in zip(results, rows, norms, strict=True):
+        for (result, _), row, norm in zip(found, rows, norms, strict=True):
             if norm == 0 and row.any():
                 result.CopyFrom(broken(plan.modality, "did not tell the norm, so it cannot be undone").result)

@@ -34,7 +34,7 @@ from embedmesh.errors import (
     UnsupportedOutput,
 )
 from embedmesh.inputs import Audio, Image, Input, Text
-from embedmesh.results import EmbedResponse, EmbedResult, ModelInfo, ModelRef, SparseVector, Usage
+from embedmesh.results import EmbedResponse, EmbedResult, ModelInfo, ModelRef, Span, SparseVector, Usage
 
 __all__ = [
     "AsyncClient",
@@ -61,6 +61,7 @@ __all__ = [
     "QuotaExceeded",
     "Retryable",
     "ServerFault",
+    "Span",
     "SparseVector",
     "Text",
     "Tls",

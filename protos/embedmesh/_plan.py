@@ -11,7 +11,7 @@ import math
 import random
 import re
 from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import grpc
@@ -27,7 +27,7 @@ from embedmesh.errors import (
     from_status,
 )
 from embedmesh.inputs import Audio, Image, Input, Role, Text, instructions_value, role_value
-from embedmesh.results import EmbedResult, ModelInfo, ModelRef, SparseVector
+from embedmesh.results import EmbedResult, ModelInfo, ModelRef, Span, SparseVector
 from embedmesh.v1 import catalog_pb2, embedding_pb2, gateway_pb2
 
 KindName: TypeAlias = Literal["dense", "sparse", "multi_vector"]
@@ -334,9 +334,11 @@ class Plan:
             item = Text(item, options.role, options.instruction, options.instructions)
         elif isinstance(item, Text) and not item.instructions:
             if options.instructions and not (item.role or item.instruction):
-                item = Text(item.text, instructions=options.instructions)
+                item = replace(item, instructions=options.instructions)
             else:
-                item = Text(item.text, item.role or options.role, item.instruction or options.instruction)
+                item = replace(
+                    item, role=item.role or options.role, instruction=item.instruction or options.instruction
+                )
         self._pushed += 1
         error: EmbedMeshError | None = None
         size = 0
@@ -578,9 +580,11 @@ def _read_result(
         return EmbedResult(index, error=error, input_units=outcome.input_units)
     embedding = outcome.embedding
     vector = sparse = rows = None
+    spans: tuple[Span, ...] = ()
     try:
         if embedding_pb2.EMBEDDING_KIND_DENSE in kinds:
             vector = _read(embedding.dense, dtype, axes=1)
+            spans = tuple(_read_span(span, dtype) for span in embedding.spans)
         if embedding_pb2.EMBEDDING_KIND_SPARSE in kinds:
             sparse = _read_sparse(embedding.sparse, dtype)
         if embedding_pb2.EMBEDDING_KIND_MULTI_VECTOR in kinds:
@@ -599,6 +603,7 @@ def _read_result(
         truncated=outcome.truncated,
         cached=outcome.cached,
         scale=embedding.dense.scale or 1.0,
+        spans=spans,
         _vector=vector,
         _sparse=sparse,
         _multi_vector=rows,
@@ -614,6 +619,10 @@ def _read(tensor: embedding_pb2.Tensor, dtype: int, *, axes: int) -> NDArray[Any
     if tensor.dtype != dtype or array.ndim != axes:
         raise _breach()
     return array
+
+
+def _read_span(span: embedding_pb2.Span, dtype: int) -> Span:
+    return Span(span.start, span.end, _read(span.dense, dtype, axes=1), span.dense.scale or 1.0)
 
 
 def _read_sparse(sparse: embedding_pb2.SparseVector, dtype: int) -> SparseVector:

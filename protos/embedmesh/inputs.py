@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -67,23 +68,32 @@ class Text:
             instruction given to the call.
         instructions: Several, each put before it in a pass of its own, whose vectors are averaged; in place of
             role and instruction.
+        spans: Parts of the text, as (start, end) in characters, that get a vector of their own from one reading of the
+            whole (late chunking); see `EmbedResult.spans`.
+        span_units: Instead: cut the text into parts of so many tokens; 0 for none.
     """
 
     text: str
     role: Role | None = None
     instruction: str = ""
     instructions: Iterable[str] = ()
+    spans: Iterable[tuple[int, int]] = ()
+    span_units: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not isinstance(self.instruction, str):
             raise TypeError("Text takes a str as text and as instruction")
         role_value(self.role)
         object.__setattr__(self, "instructions", instructions_value(self.instructions, self.role, self.instruction))
+        object.__setattr__(self, "spans", tuple((int(start), int(end)) for start, end in self.spans))
+        if any(not 0 <= offset < 2**32 for offset in (self.span_units, *chain.from_iterable(self.spans))):
+            raise InvalidRequest("spans and span_units are counts from 0", field="spans")
 
     @property
     def nbytes(self) -> int:
         """Size on the wire without framing; UnicodeEncodeError where half of a surrogate pair stands alone."""
-        return sum(map(_utf8_length, (self.text, self.instruction, *self.instructions)))
+        spans = 10 * len(tuple(self.spans))  # two numbers of at most five bytes each
+        return spans + sum(map(_utf8_length, (self.text, self.instruction, *self.instructions)))
 
     def write(self, message: gateway_pb2.Input) -> None:
         """Fill `message`."""
@@ -92,6 +102,9 @@ class Text:
         message.text.role = role_value(self.role)
         message.text.instruction = self.instruction
         message.text.instructions.extend(self.instructions)
+        if self.spans or self.span_units:
+            message.text.late_chunking.offsets.extend(chain.from_iterable(self.spans))
+            message.text.late_chunking.units = self.span_units
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from embedmesh.errors import EmbedErrors, EmbedMeshError
 
-__all__ = ["EmbedResponse", "EmbedResult", "ModelInfo", "ModelRef", "SparseVector", "Usage"]
+__all__ = ["EmbedResponse", "EmbedResult", "ModelInfo", "ModelRef", "Span", "SparseVector", "Usage"]
 
 
 _Kind = TypeVar("_Kind")
@@ -116,6 +116,23 @@ class SparseVector:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """A part of a text that was asked for by `Text.spans` or `Text.span_units`.
+
+    Attributes:
+        start: Its first character.
+        end: One after its last.
+        vector: As `EmbedResult.vector`.
+        scale: As `EmbedResult.scale`.
+    """
+
+    start: int
+    end: int
+    vector: NDArray[Any] = field(repr=False)
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class EmbedResult:
     """The outcome of one input: vectors of the kinds asked for, or an error of its own.
 
@@ -128,6 +145,7 @@ class EmbedResult:
         truncated: True when part of the input was not read.
         cached: True when no model ran for this input.
         scale: dtype "int8" only: `vector * scale` gives the floats back; else 1.
+        spans: The parts of the text that were asked for, in their order; with the kind "dense" only.
     """
 
     index: int
@@ -138,6 +156,7 @@ class EmbedResult:
     truncated: bool = False
     cached: bool = False
     scale: float = 1.0
+    spans: tuple[Span, ...] = ()
     _vector: NDArray[Any] | None = field(default=None, repr=False)
     _sparse: SparseVector | None = field(default=None, repr=False)
     _multi_vector: NDArray[Any] | None = field(default=None, repr=False)

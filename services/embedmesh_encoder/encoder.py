@@ -40,7 +40,7 @@ from embedmesh_encoder.backend import Backend
 from embedmesh_encoder.batcher import Batcher, BatchPolicy, Priority
 from embedmesh_encoder.model import ModelError, ModelSpec
 from embedmesh_encoder.pooling import largest
-from embedmesh_encoder.preparation import DENSE, KindsPreparer, Others, Prepared, Preparer
+from embedmesh_encoder.preparation import DENSE, KindsPreparer, Others, Prepared, Preparer, SpansPreparer
 from embedmesh_server.interceptor import request_id
 from embedmesh_server.metrics import EncoderMetrics
 from embedmesh_server.tracing import NO_TRACING, Tracing
@@ -93,6 +93,7 @@ class Encoded:
         original_units: See `Prepared`.
         truncated: See `Prepared`.
         others: The other kinds that were wanted; None when none were.
+        offsets: Where its spans lie, if there are any; see `Prepared`.
     """
 
     vector: NDArray[np.float32] = field(repr=False)
@@ -101,6 +102,7 @@ class Encoded:
     original_units: int
     truncated: bool
     others: Others | None = field(default=None, repr=False)
+    offsets: NDArray[np.int64] | None = field(default=None, repr=False)
 
 
 class _NotFinite(InferenceFailed):
@@ -307,6 +309,7 @@ class Encoder:
             sum(each.original_units for each in prepared.passes),
             any(each.truncated for each in prepared.passes),
             others,
+            prepared.offsets,
         )
 
     def _joined(self, prepared: Prepared, rows: Sequence[Row]) -> Row | EmbedMeshError:
@@ -408,10 +411,24 @@ class Encoder:
             norms = l2_norms(rows)
             vectors = normalized(rows, norms) if self.spec.normalized else rows
         # A norm is finite only when every element is.
-        return [
+        found: list[Row | EmbedMeshError] = [
             (vector, float(norm), None) if math.isfinite(norm) else _NotFinite("the vector of this input is not finite")
             for vector, norm in zip(vectors, norms, strict=True)
         ]
+        for place, (row, prepared) in enumerate(zip(found, batch, strict=True)):
+            if prepared.spans is not None and not isinstance(row, EmbedMeshError):
+                found[place] = self._with_spans(row, outputs, place, prepared)
+        return found
+
+    def _with_spans(
+        self, row: Row, outputs: Mapping[str, NDArray[Any]], place: int, prepared: Prepared
+    ) -> Row | EmbedMeshError:
+        assert isinstance(self._preparer, SpansPreparer)  # noqa: S101  (it said which spans)
+        rows = self._preparer.split_spans(outputs, place, prepared)
+        norms = l2_norms(rows)
+        if not np.isfinite(norms).all():
+            return _NotFinite("a vector of this input is not finite")
+        return row[0], row[1], Others(spans=(normalized(rows, norms) if self.spec.normalized else rows, norms))
 
     def _finish(self, index: int, outcome: Encoded | EmbedMeshError) -> None:
         """Count one outcome; log what the caller is not told."""
@@ -452,4 +469,4 @@ def _with_others(row: Row | EmbedMeshError, others: Others) -> Row | EmbedMeshEr
     values = (others.sparse[1] if others.sparse else _NO_VECTOR, others.multi_vector)
     if not all(value is None or np.isfinite(value).all() for value in values):
         return _NotFinite("a vector of this input is not finite")
-    return (row[0], row[1], others)
+    return (row[0], row[1], replace(others, spans=row[2].spans) if row[2] else others)

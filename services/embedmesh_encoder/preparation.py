@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh_encoder.pooling import Sparse
 
-__all__ = ["DENSE", "KindsPreparer", "Others", "Prepared", "Preparer"]
+__all__ = ["DENSE", "KindsPreparer", "Others", "Prepared", "Preparer", "SpansPreparer"]
 
 # What a model without other kinds makes, and what is wanted unless a call says otherwise.
 DENSE: Final = frozenset((pb.EMBEDDING_KIND_DENSE,))
@@ -31,6 +31,8 @@ class Prepared:
         group: Only inputs of equal group can be collated, e.g. images of one shape. None where all can.
         rows: Which of the units have a row in the multi-vector, bool [units]; None where the model makes none.
         kinds: Kinds of vector wanted.
+        spans: Parts of the units that get a dense vector of their own, int64 [spans, 2]; None where none is wanted.
+        offsets: Where the spans lie in the input as the caller gave it, int64 [spans, 2].
         more: The other passes of the model that this input takes; each is in a batch like any other input, and the
             vectors of all become one. What stands above is of the first pass alone.
         weight: Of this pass's dense vector as pooled, in the mean over all; they sum up to 1.
@@ -43,6 +45,8 @@ class Prepared:
     group: Hashable = None
     rows: NDArray[np.bool_] | None = None
     kinds: frozenset[pb.EmbeddingKind.ValueType] = DENSE
+    spans: NDArray[np.int64] | None = None
+    offsets: NDArray[np.int64] | None = None
     more: tuple[Prepared, ...] = ()
     weight: float = 1.0
 
@@ -59,10 +63,13 @@ class Others:
     Attributes:
         sparse: See `embedmesh_encoder.pooling.Sparse`.
         multi_vector: float32 [rows, d], normalised as the manifest says.
+        spans: Vectors of the spans, float32 [spans, d], as the dense vector is, with the norms that they were pooled
+            with, float32 [spans].
     """
 
     sparse: Sparse | None = None
     multi_vector: NDArray[np.float32] | None = None
+    spans: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
 
 
 class Preparer(Protocol):
@@ -92,6 +99,14 @@ class Preparer(Protocol):
 
     def split(self, outputs: Mapping[str, NDArray[Any]], batch: Sequence[Prepared]) -> NDArray[np.float32]:
         """Take the vectors out of the graph's outputs: float32 [n, d], as pooled, not normalised."""
+
+
+@runtime_checkable
+class SpansPreparer(Preparer, Protocol):
+    """One for models that give parts of an input a vector."""
+
+    def split_spans(self, outputs: Mapping[str, NDArray[Any]], place: int, prepared: Prepared) -> NDArray[np.float32]:
+        """Take the vectors of the spans of one input of a batch: float32 [spans, d], as pooled, not normalised."""
 
 
 @runtime_checkable

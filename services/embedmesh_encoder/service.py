@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import grpc
 import numpy as np
+from numpy.typing import NDArray
 
 from embedmesh.errors import (
     EmbedMeshError,
@@ -49,7 +50,7 @@ from embedmesh_encoder.encoder import Encoded, Encoder
 from embedmesh_encoder.image import ImageItem
 from embedmesh_encoder.model import ModelError, ModelSpec
 from embedmesh_encoder.preparation import DENSE, Others
-from embedmesh_encoder.text import Chunking, TextItem
+from embedmesh_encoder.text import Chunking, LateChunking, TextItem
 from embedmesh_server.interceptor import deadline_of
 from embedmesh_server.metrics import EncoderMetrics
 from embedmesh_server.tracing import NO_TRACING, Tracing
@@ -343,7 +344,15 @@ def _chunking(request: text_pb2.EmbedTextRequest, spec: ModelSpec) -> Chunking:
 
 def _read_text(chunking: Chunking, message: text_pb2.TextInput) -> TextItem:
     _known(text_pb2.TextRole, message.role, "role")
-    return TextItem(message.text, message.role, message.instruction, tuple(message.instructions), chunking)
+    late = message.late_chunking
+    return TextItem(
+        message.text,
+        message.role,
+        message.instruction,
+        tuple(message.instructions),
+        chunking,
+        LateChunking(tuple(late.offsets), late.units) if message.HasField("late_chunking") else None,
+    )
 
 
 def _read_image(message: image_pb2.ImageInput) -> ImageItem:
@@ -409,7 +418,7 @@ def _fill(
     On the event loop, because protobuf keeps the GIL: 0.1 ms for 32 vectors of 384 floats, 0.7 ms for 256.
     """
     response.models.append(spec.ref())
-    encoded: list[Encoded] = []
+    rows: list[tuple[NDArray[np.float32], float]] = []
     tensors: list[pb.Tensor] = []
     units = failed = 0
     for i, outcome in enumerate(outcomes):
@@ -421,9 +430,15 @@ def _fill(
             failed += 1
             continue
         if outcome.vector.size:
-            encoded.append(outcome)
+            rows.append((outcome.vector, outcome.norm))
             result.embedding.dense_norm = outcome.norm
             tensors.append(result.embedding.dense)
+        spans = outcome.others.spans if outcome.others else None
+        if spans is not None and outcome.offsets is not None:
+            for (start, end), vector, norm in zip(outcome.offsets.tolist(), *spans, strict=True):
+                span = result.embedding.spans.add(start=start, end=end, dense_norm=norm)
+                tensors.append(span.dense)
+                rows.append((vector, norm))
         if outcome.others:
             _fill_others(result.embedding, spec, outcome.others, output.dtype)
         result.input_units = outcome.units
@@ -431,10 +446,9 @@ def _fill(
         if outcome.truncated:
             result.truncated = True
             result.original_units = outcome.original_units
-    if encoded:
-        rows = np.stack([each.vector for each in encoded])
-        norms = np.array([each.norm for each in encoded], np.float32) if spec.normalized else None
-        finish_dense(rows, norms, output, tensors)
+    if rows:
+        norms = np.array([norm for _, norm in rows], np.float32) if spec.normalized else None
+        finish_dense(np.stack([vector for vector, _ in rows]), norms, output, tensors)
     response.usage.input_units = units
     response.usage.failed_inputs = failed
 

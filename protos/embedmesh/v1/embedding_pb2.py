@@ -25,35 +25,37 @@ _sym_db = _symbol_database.Default()
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65mbedmesh/v1/embedding.proto\x12\x0c\x65mbedmesh.v1\x1a\x17google/rpc/status.proto\"X\n\x06Tensor\x12\"\n\x05\x64type\x18\x01 \x01(\x0e\x32\x13.embedmesh.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\r\n\x05scale\x18\x04 \x01(\x02\"o\n\x0cSparseVector\x12%\n\x07indices\x18\x01 \x01(\x0b\x32\x14.embedmesh.v1.Tensor\x12$\n\x06values\x18\x02 \x01(\x0b\x32\x14.embedmesh.v1.Tensor\x12\x12\n\ndimensions\x18\x03 \x01(\r\"\x9c\x01\n\tEmbedding\x12#\n\x05\x64\x65nse\x18\x01 \x01(\x0b\x32\x14.embedmesh.v1.Tensor\x12*\n\x06sparse\x18\x02 \x01(\x0b\x32\x1a.embedmesh.v1.SparseVector\x12*\n\x0cmulti_vector\x18\x03 \x01(\x0b\x32\x14.embedmesh.v1.Tensor\x12\x12\n\ndense_norm\x18\x04 \x01(\x02\"*\n\x08\x43hunking\x12\r\n\x05units\x18\x01 \x01(\r\x12\x0f\n\x07overlap\x18\x02 \x01(\r\"\x99\x01\n\rOutputOptions\x12*\n\x05kinds\x18\x01 \x03(\x0e\x32\x1b.embedmesh.v1.EmbeddingKind\x12\x12\n\ndimensions\x18\x02 \x01(\r\x12\x16\n\tnormalize\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\"\n\x05\x64type\x18\x04 \x01(\x0e\x32\x13.embedmesh.v1.DtypeB\x0c\n\n_normalize\"9\n\x08ModelRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\r\n\x05space\x18\x03 \x01(\t\"\xd0\x01\n\x0b\x45mbedResult\x12,\n\tembedding\x18\x01 \x01(\x0b\x32\x17.embedmesh.v1.EmbeddingH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x13\n\x0bmodel_index\x18\x03 \x01(\r\x12\x13\n\x0binput_units\x18\x04 \x01(\r\x12\x16\n\x0eoriginal_units\x18\x05 \x01(\r\x12\x11\n\ttruncated\x18\x06 \x01(\x08\x12\x0e\n\x06\x63\x61\x63hed\x18\x07 \x01(\x08\x42\t\n\x07outcome\"J\n\x05Usage\x12\x13\n\x0binput_units\x18\x01 \x01(\x04\x12\x15\n\rcached_inputs\x18\x02 \x01(\r\x12\x15\n\rfailed_inputs\x18\x03 \x01(\r*\x89\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x0e\n\nDTYPE_INT8\x10\x03\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x04\x12\x10\n\x0c\x44TYPE_BINARY\x10\x05\x12\x10\n\x0c\x44TYPE_UINT32\x10\x06*\x85\x01\n\rEmbeddingKind\x12\x1e\n\x1a\x45MBEDDING_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45MBEDDING_KIND_DENSE\x10\x01\x12\x19\n\x15\x45MBEDDING_KIND_SPARSE\x10\x02\x12\x1f\n\x1b\x45MBEDDING_KIND_MULTI_VECTOR\x10\x03*\x7f\n\nTruncation\x12\x1a\n\x16TRUNCATION_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRUNCATION_END\x10\x01\x12\x14\n\x10TRUNCATION_START\x10\x02\x12\x15\n\x11TRUNCATION_REFUSE\x10\x03\x12\x14\n\x10TRUNCATION_CHUNK\x10\x04*Q\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x11\n\rPRIORITY_BULK\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65mbedmesh/v1/embedding.proto\x12\x0c\x65mbedmesh.v1\x1a\x17google/rpc/status.proto\"X\n\x06Tensor\x12\"\n\x05\x64type\x18\x01 \x01(\x0e\x32\x13.embedmesh.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\r\n\x05scale\x18\x04 \x01(\x02\"o\n\x0cSparseVector\x12%\n\x07indices\x18\x01 \x01(\x0b\x32\x14.embedmesh.v1.Tensor\x12$\n\x06values\x18\x02 \x01(\x0b\x32\x14.embedmesh.v1.Tensor\x12\x12\n\ndimensions\x18\x03 \x01(\r\"[\n\x04Span\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\x12#\n\x05\x64\x65nse\x18\x03 \x01(\x0b\x32\x14.embedmesh.v1.Tensor\x12\x12\n\ndense_norm\x18\x04 \x01(\x02\"\xbf\x01\n\tEmbedding\x12#\n\x05\x64\x65nse\x18\x01 \x01(\x0b\x32\x14.embedmesh.v1.Tensor\x12*\n\x06sparse\x18\x02 \x01(\x0b\x32\x1a.embedmesh.v1.SparseVector\x12*\n\x0cmulti_vector\x18\x03 \x01(\x0b\x32\x14.embedmesh.v1.Tensor\x12\x12\n\ndense_norm\x18\x04 \x01(\x02\x12!\n\x05spans\x18\x05 \x03(\x0b\x32\x12.embedmesh.v1.Span\"*\n\x08\x43hunking\x12\r\n\x05units\x18\x01 \x01(\r\x12\x0f\n\x07overlap\x18\x02 \x01(\r\"\x99\x01\n\rOutputOptions\x12*\n\x05kinds\x18\x01 \x03(\x0e\x32\x1b.embedmesh.v1.EmbeddingKind\x12\x12\n\ndimensions\x18\x02 \x01(\r\x12\x16\n\tnormalize\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\"\n\x05\x64type\x18\x04 \x01(\x0e\x32\x13.embedmesh.v1.DtypeB\x0c\n\n_normalize\"9\n\x08ModelRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\r\n\x05space\x18\x03 \x01(\t\"\xd0\x01\n\x0b\x45mbedResult\x12,\n\tembedding\x18\x01 \x01(\x0b\x32\x17.embedmesh.v1.EmbeddingH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x13\n\x0bmodel_index\x18\x03 \x01(\r\x12\x13\n\x0binput_units\x18\x04 \x01(\r\x12\x16\n\x0eoriginal_units\x18\x05 \x01(\r\x12\x11\n\ttruncated\x18\x06 \x01(\x08\x12\x0e\n\x06\x63\x61\x63hed\x18\x07 \x01(\x08\x42\t\n\x07outcome\"J\n\x05Usage\x12\x13\n\x0binput_units\x18\x01 \x01(\x04\x12\x15\n\rcached_inputs\x18\x02 \x01(\r\x12\x15\n\rfailed_inputs\x18\x03 \x01(\r*\x89\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x0e\n\nDTYPE_INT8\x10\x03\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x04\x12\x10\n\x0c\x44TYPE_BINARY\x10\x05\x12\x10\n\x0c\x44TYPE_UINT32\x10\x06*\x85\x01\n\rEmbeddingKind\x12\x1e\n\x1a\x45MBEDDING_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45MBEDDING_KIND_DENSE\x10\x01\x12\x19\n\x15\x45MBEDDING_KIND_SPARSE\x10\x02\x12\x1f\n\x1b\x45MBEDDING_KIND_MULTI_VECTOR\x10\x03*\x7f\n\nTruncation\x12\x1a\n\x16TRUNCATION_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRUNCATION_END\x10\x01\x12\x14\n\x10TRUNCATION_START\x10\x02\x12\x15\n\x11TRUNCATION_REFUSE\x10\x03\x12\x14\n\x10TRUNCATION_CHUNK\x10\x04*Q\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x11\n\rPRIORITY_BULK\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'embedmesh.v1.embedding_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=980
-  _globals['_DTYPE']._serialized_end=1117
-  _globals['_EMBEDDINGKIND']._serialized_start=1120
-  _globals['_EMBEDDINGKIND']._serialized_end=1253
-  _globals['_TRUNCATION']._serialized_start=1255
-  _globals['_TRUNCATION']._serialized_end=1382
-  _globals['_PRIORITY']._serialized_start=1384
-  _globals['_PRIORITY']._serialized_end=1465
+  _globals['_DTYPE']._serialized_start=1108
+  _globals['_DTYPE']._serialized_end=1245
+  _globals['_EMBEDDINGKIND']._serialized_start=1248
+  _globals['_EMBEDDINGKIND']._serialized_end=1381
+  _globals['_TRUNCATION']._serialized_start=1383
+  _globals['_TRUNCATION']._serialized_end=1510
+  _globals['_PRIORITY']._serialized_start=1512
+  _globals['_PRIORITY']._serialized_end=1593
   _globals['_TENSOR']._serialized_start=71
   _globals['_TENSOR']._serialized_end=159
   _globals['_SPARSEVECTOR']._serialized_start=161
   _globals['_SPARSEVECTOR']._serialized_end=272
-  _globals['_EMBEDDING']._serialized_start=275
-  _globals['_EMBEDDING']._serialized_end=431
-  _globals['_CHUNKING']._serialized_start=433
-  _globals['_CHUNKING']._serialized_end=475
-  _globals['_OUTPUTOPTIONS']._serialized_start=478
-  _globals['_OUTPUTOPTIONS']._serialized_end=631
-  _globals['_MODELREF']._serialized_start=633
-  _globals['_MODELREF']._serialized_end=690
-  _globals['_EMBEDRESULT']._serialized_start=693
-  _globals['_EMBEDRESULT']._serialized_end=901
-  _globals['_USAGE']._serialized_start=903
-  _globals['_USAGE']._serialized_end=977
+  _globals['_SPAN']._serialized_start=274
+  _globals['_SPAN']._serialized_end=365
+  _globals['_EMBEDDING']._serialized_start=368
+  _globals['_EMBEDDING']._serialized_end=559
+  _globals['_CHUNKING']._serialized_start=561
+  _globals['_CHUNKING']._serialized_end=603
+  _globals['_OUTPUTOPTIONS']._serialized_start=606
+  _globals['_OUTPUTOPTIONS']._serialized_end=759
+  _globals['_MODELREF']._serialized_start=761
+  _globals['_MODELREF']._serialized_end=818
+  _globals['_EMBEDRESULT']._serialized_start=821
+  _globals['_EMBEDRESULT']._serialized_end=1029
+  _globals['_USAGE']._serialized_start=1031
+  _globals['_USAGE']._serialized_end=1105
 # @@protoc_insertion_point(module_scope)

@@ -233,6 +233,40 @@ class SparseVector(_message.Message):
 Global___SparseVector: _TypeAlias = SparseVector  # noqa: Y015
 
 @_typing.final
+class Span(_message.Message):
+    """A part of a text, and its vector."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    DENSE_FIELD_NUMBER: _builtins.int
+    DENSE_NORM_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    """[start, end) in characters (Unicode code points) of TextInput.text."""
+    end: _builtins.int
+    dense_norm: _builtins.float
+    @_builtins.property
+    def dense(self) -> Global___Tensor:
+        """As Embedding.dense and Embedding.dense_norm."""
+
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+        end: _builtins.int = ...,
+        dense: Global___Tensor | None = ...,
+        dense_norm: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dense", b"dense"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dense", b"dense", "dense_norm", b"dense_norm", "end", b"end", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Span: _TypeAlias = Span  # noqa: Y015
+
+@_typing.final
 class Embedding(_message.Message):
     """Every kind of vector that one input gave. Kinds that were not asked for, or
     that the model does not make, are unset. They are separate fields, not a
@@ -245,6 +279,7 @@ class Embedding(_message.Message):
     SPARSE_FIELD_NUMBER: _builtins.int
     MULTI_VECTOR_FIELD_NUMBER: _builtins.int
     DENSE_NORM_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
     dense_norm: _builtins.float
     """L2 norm that the full-width dense vector had as the model pooled it, before any
     normalisation: dense * dense_norm undoes the normalisation. 0 when unknown.
@@ -259,6 +294,10 @@ class Embedding(_message.Message):
     def multi_vector(self) -> Global___Tensor:
         """One row per token, patch or frame: shape [n, d]."""
 
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]:
+        """Answers TextInput.late_chunking, in the order of the spans; comes with the kind DENSE."""
+
     def __init__(
         self,
         *,
@@ -266,10 +305,11 @@ class Embedding(_message.Message):
         sparse: Global___SparseVector | None = ...,
         multi_vector: Global___Tensor | None = ...,
         dense_norm: _builtins.float = ...,
+        spans: _abc.Iterable[Global___Span] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["dense", b"dense", "multi_vector", b"multi_vector", "sparse", b"sparse"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dense", b"dense", "dense_norm", b"dense_norm", "multi_vector", b"multi_vector", "sparse", b"sparse"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dense", b"dense", "dense_norm", b"dense_norm", "multi_vector", b"multi_vector", "spans", b"spans", "sparse", b"sparse"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,21 +25,23 @@ _sym_db = _symbol_database.Default()
 from embedmesh.v1 import embedding_pb2 as embedmesh_dot_v1_dot_embedding__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65mbedmesh/v1/text.proto\x12\x0c\x65mbedmesh.v1\x1a\x1c\x65mbedmesh/v1/embedding.proto\"j\n\tTextInput\x12\x0c\n\x04text\x18\x01 \x01(\t\x12$\n\x04role\x18\x02 \x01(\x0e\x32\x16.embedmesh.v1.TextRole\x12\x13\n\x0binstruction\x18\x03 \x01(\t\x12\x14\n\x0cinstructions\x18\x04 \x03(\t\"\xf9\x01\n\x10\x45mbedTextRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x06inputs\x18\x02 \x03(\x0b\x32\x17.embedmesh.v1.TextInput\x12+\n\x06output\x18\x03 \x01(\x0b\x32\x1b.embedmesh.v1.OutputOptions\x12,\n\ntruncation\x18\x04 \x01(\x0e\x32\x18.embedmesh.v1.Truncation\x12(\n\x08priority\x18\x05 \x01(\x0e\x32\x16.embedmesh.v1.Priority\x12(\n\x08\x63hunking\x18\x06 \x01(\x0b\x32\x16.embedmesh.v1.Chunking\"\x8b\x01\n\x11\x45mbedTextResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.embedmesh.v1.ModelRef\x12*\n\x07results\x18\x02 \x03(\x0b\x32\x19.embedmesh.v1.EmbedResult\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.embedmesh.v1.Usage*R\n\x08TextRole\x12\x19\n\x15TEXT_ROLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fTEXT_ROLE_QUERY\x10\x01\x12\x16\n\x12TEXT_ROLE_DOCUMENT\x10\x02\x32[\n\x0bTextEncoder\x12L\n\tEmbedText\x12\x1e.embedmesh.v1.EmbedTextRequest\x1a\x1f.embedmesh.v1.EmbedTextResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65mbedmesh/v1/text.proto\x12\x0c\x65mbedmesh.v1\x1a\x1c\x65mbedmesh/v1/embedding.proto\"\x9d\x01\n\tTextInput\x12\x0c\n\x04text\x18\x01 \x01(\t\x12$\n\x04role\x18\x02 \x01(\x0e\x32\x16.embedmesh.v1.TextRole\x12\x13\n\x0binstruction\x18\x03 \x01(\t\x12\x14\n\x0cinstructions\x18\x04 \x03(\t\x12\x31\n\rlate_chunking\x18\x05 \x01(\x0b\x32\x1a.embedmesh.v1.LateChunking\".\n\x0cLateChunking\x12\x0f\n\x07offsets\x18\x01 \x03(\r\x12\r\n\x05units\x18\x02 \x01(\r\"\xf9\x01\n\x10\x45mbedTextRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x06inputs\x18\x02 \x03(\x0b\x32\x17.embedmesh.v1.TextInput\x12+\n\x06output\x18\x03 \x01(\x0b\x32\x1b.embedmesh.v1.OutputOptions\x12,\n\ntruncation\x18\x04 \x01(\x0e\x32\x18.embedmesh.v1.Truncation\x12(\n\x08priority\x18\x05 \x01(\x0e\x32\x16.embedmesh.v1.Priority\x12(\n\x08\x63hunking\x18\x06 \x01(\x0b\x32\x16.embedmesh.v1.Chunking\"\x8b\x01\n\x11\x45mbedTextResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.embedmesh.v1.ModelRef\x12*\n\x07results\x18\x02 \x03(\x0b\x32\x19.embedmesh.v1.EmbedResult\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.embedmesh.v1.Usage*R\n\x08TextRole\x12\x19\n\x15TEXT_ROLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fTEXT_ROLE_QUERY\x10\x01\x12\x16\n\x12TEXT_ROLE_DOCUMENT\x10\x02\x32[\n\x0bTextEncoder\x12L\n\tEmbedText\x12\x1e.embedmesh.v1.EmbedTextRequest\x1a\x1f.embedmesh.v1.EmbedTextResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'embedmesh.v1.text_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TEXTROLE']._serialized_start=573
-  _globals['_TEXTROLE']._serialized_end=655
-  _globals['_TEXTINPUT']._serialized_start=71
-  _globals['_TEXTINPUT']._serialized_end=177
-  _globals['_EMBEDTEXTREQUEST']._serialized_start=180
-  _globals['_EMBEDTEXTREQUEST']._serialized_end=429
-  _globals['_EMBEDTEXTRESPONSE']._serialized_start=432
-  _globals['_EMBEDTEXTRESPONSE']._serialized_end=571
-  _globals['_TEXTENCODER']._serialized_start=657
-  _globals['_TEXTENCODER']._serialized_end=748
+  _globals['_TEXTROLE']._serialized_start=673
+  _globals['_TEXTROLE']._serialized_end=755
+  _globals['_TEXTINPUT']._serialized_start=72
+  _globals['_TEXTINPUT']._serialized_end=229
+  _globals['_LATECHUNKING']._serialized_start=231
+  _globals['_LATECHUNKING']._serialized_end=277
+  _globals['_EMBEDTEXTREQUEST']._serialized_start=280
+  _globals['_EMBEDTEXTREQUEST']._serialized_end=529
+  _globals['_EMBEDTEXTRESPONSE']._serialized_start=532
+  _globals['_EMBEDTEXTRESPONSE']._serialized_end=671
+  _globals['_TEXTENCODER']._serialized_start=757
+  _globals['_TEXTENCODER']._serialized_end=848
 # @@protoc_insertion_point(module_scope)

@@ -54,6 +54,7 @@ class TextInput(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     INSTRUCTION_FIELD_NUMBER: _builtins.int
     INSTRUCTIONS_FIELD_NUMBER: _builtins.int
+    LATE_CHUNKING_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Any Unicode text, the empty one included: "" has the vector that the reference
     library gives it. At most the node's text limit (1 MiB of UTF-8 by default),
@@ -71,6 +72,10 @@ class TextInput(_message.Message):
         as ModelInfo.limits["text_passes"] says.
         """
 
+    @_builtins.property
+    def late_chunking(self) -> Global___LateChunking:
+        """Vectors for parts of the text, beside its own. INVALID_REQUEST for this input beside `instructions`."""
+
     def __init__(
         self,
         *,
@@ -78,14 +83,50 @@ class TextInput(_message.Message):
         role: Global___TextRole.ValueType = ...,
         instruction: _builtins.str = ...,
         instructions: _abc.Iterable[_builtins.str] | None = ...,
+        late_chunking: Global___LateChunking | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["late_chunking", b"late_chunking"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instruction", b"instruction", "instructions", b"instructions", "role", b"role", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instruction", b"instruction", "instructions", b"instructions", "late_chunking", b"late_chunking", "role", b"role", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TextInput: _TypeAlias = TextInput  # noqa: Y015
+
+@_typing.final
+class LateChunking(_message.Message):
+    """Late chunking (Guenther et al. 2024): the model reads the whole text in one pass, and the vector of a span is the mean of
+    its tokens' vectors, which know the rest of the text; then normalised as the text's own is. Special tokens and the
+    prompt are read and belong to no span. A token belongs to the span that holds its last character.
+    Offered by models whose graph gives a vector for each token, pooled by their mean; UNSUPPORTED_OUTPUT for texts of others.
+    A text that the model cannot read whole is answered with INPUT_TOO_LARGE, whatever the truncation.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSETS_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
+    units: _builtins.int
+    """Instead of offsets: the text is cut into spans of so many tokens, the last one of what is left."""
+    @_builtins.property
+    def offsets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Spans [start, end) in characters (Unicode code points) of the text, as start, end, start, end, ...; none is
+        empty, starts never descend, spans may overlap. At most ModelInfo.limits["text_spans"].
+        """
+
+    def __init__(
+        self,
+        *,
+        offsets: _abc.Iterable[_builtins.int] | None = ...,
+        units: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offsets", b"offsets", "units", b"units"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LateChunking: _TypeAlias = LateChunking  # noqa: Y015
 
 @_typing.final
 class EmbedTextRequest(_message.Message):

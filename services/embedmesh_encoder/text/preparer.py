@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from embedmesh.errors import EmbedMeshError, InputTooLarge, InvalidRequest
+from embedmesh.errors import EmbedMeshError, InputTooLarge, InvalidRequest, UnsupportedOutput
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh.v1 import text_pb2
 from embedmesh.vectors import l2_norms, normalized
@@ -19,11 +19,21 @@ from embedmesh_encoder.pooling import Sparse, lexical, nonzero, pool, splade
 from embedmesh_encoder.preparation import Others, Prepared
 from embedmesh_encoder.text.tokens import WindowedTokenizer
 
-__all__ = ["MAX_PASSES", "MAX_TEXT_BYTES", "Chunking", "TextItem", "TextPreparer", "fill_rows"]
+__all__ = [
+    "MAX_PASSES",
+    "MAX_SPANS",
+    "MAX_TEXT_BYTES",
+    "Chunking",
+    "LateChunking",
+    "TextItem",
+    "TextPreparer",
+    "fill_rows",
+]
 
 MAX_TEXT_BYTES: Final = 1 << 20
 # Of the model, for one text: at 512 tokens a pass they fill the queue that an encoder has by default.
 MAX_PASSES: Final = 128
+MAX_SPANS: Final = 1024
 _MAX_INSTRUCTIONS: Final = 16
 
 # MiniLM's tokenizer takes 0.27 us a character, and as much for a text as for 30 of them.
@@ -45,6 +55,19 @@ class Chunking:
 
 
 @dataclass(frozen=True, slots=True)
+class LateChunking:
+    """Which parts of a text get a vector.
+
+    Attributes:
+        offsets: Their starts and ends in characters, in turns.
+        units: Tokens of each, instead.
+    """
+
+    offsets: tuple[int, ...] = ()
+    units: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TextItem:
     """One text to embed.
 
@@ -54,6 +77,7 @@ class TextItem:
         instruction: Put before the text in place of the role's prompt, unless empty.
         instructions: Several in place of role and instruction: the text is embedded with each.
         chunking: How the text is cut under CHUNK.
+        late_chunking: Which parts of it get a vector of their own.
     """
 
     text: str
@@ -61,6 +85,7 @@ class TextItem:
     instruction: str = ""
     instructions: tuple[str, ...] = ()
     chunking: Chunking = Chunking()
+    late_chunking: LateChunking | None = None
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -101,6 +126,10 @@ class TextPreparer:
             raise ModelError(f'model "{spec.name}" is for {spec.modality}, not for text')
         self.limits: Mapping[str, int] = {"text_bytes": max_text_bytes, "text_passes": MAX_PASSES}
         self.padded = spec.graph.layout == "padded"
+        # What late chunking needs: a vector for each token, and that their mean is a vector of the model.
+        self._has_spans = self.padded and spec.graph.pooling == "mean" and pb.EMBEDDING_KIND_DENSE in spec.kinds
+        if self._has_spans:
+            self.limits = {**self.limits, "text_spans": MAX_SPANS}
         self._max_units = spec.max_input_units
         self._tokenizer = WindowedTokenizer(spec.path(spec.text.tokenizer), spec.max_input_units)
         self._prompts = {
@@ -155,6 +184,8 @@ class TextPreparer:
             raise InputTooLarge.over("the text", size, self.limits["text_bytes"], "bytes")
         if not item.instructions:
             prompt = item.instruction or self._prompts.get(item.role, self._default_prompt)
+            if item.late_chunking is not None:
+                return self._with_spans(item, prompt, item.late_chunking)
             first, *rest = self._passes(item, prompt, truncation, MAX_PASSES)
         else:
             many = len(item.instructions)
@@ -164,6 +195,39 @@ class TextPreparer:
                 for one in self._passes(item, prompt, truncation, MAX_PASSES // many)
             )
         return replace(first, more=tuple(rest)) if rest else first
+
+    def _with_spans(self, item: TextItem, prompt: str, wanted: LateChunking) -> Prepared:
+        """Prepare a text whose spans get vectors."""
+        if not self._has_spans:
+            raise UnsupportedOutput(
+                "this model gives no vectors of tokens that are pooled by their mean, which late chunking needs; "
+                "`embedmesh models export --layout padded` makes such a graph of a model with mean pooling",
+                field="late_chunking",
+                metadata={"option": "late_chunking"},
+            )
+        total = self._tokenizer.encode(prompt + item.text).total
+        if total > self._max_units:
+            error = InputTooLarge.over("the text", total, self._max_units, "tokens")
+            error.message += ", all of which late chunking reads at once: cut the text"
+            raise error
+        content = self._tokenizer.whole(prompt, item.text)
+        offsets = _offsets(wanted, item.text, content.ends)
+        if len(offsets) > MAX_SPANS:
+            raise InputTooLarge.over("the text", len(offsets), MAX_SPANS, "spans", field="late_chunking")
+        # Those tokens that end within a span: their ends never descend.
+        spans = np.searchsorted(np.array(content.ends, np.int64), offsets, side="right")
+        empty = np.flatnonzero(spans[:, 0] == spans[:, 1])
+        if len(empty):
+            raise InvalidRequest(
+                f"span {empty[0]} of the text, characters {offsets[empty[0], 0]} to {offsets[empty[0], 1]}, holds "
+                "the end of no token",
+                field="late_chunking.offsets",
+            )
+        ids = self._tokenizer.within_specials([*content.prompt, *content.ids])
+        prepared = self._prepared(item, ids, len(ids))
+        if not len(offsets):  # an empty text has none
+            return prepared
+        return replace(prepared, spans=spans + self._tokenizer.before + len(content.prompt), offsets=offsets)
 
     def _passes(self, item: TextItem, prompt: str, truncation: pb.Truncation.ValueType, most: int) -> list[Prepared]:
         """Prepare a text behind one prompt: one pass, or under CHUNK one for each of at most so many chunks."""
@@ -231,6 +295,12 @@ class TextPreparer:
             lengths = np.array([prepared.units for prepared in batch], np.int64)
             output = pool(self._graph.pooling, output, lengths)
         return self._head(output)
+
+    def split_spans(self, outputs: Mapping[str, NDArray[Any]], place: int, prepared: Prepared) -> NDArray[np.float32]:
+        """Give the mean of the tokens of each span."""
+        assert prepared.spans is not None  # noqa: S101  (the caller looked)
+        hidden = outputs[self._graph.output][place]
+        return self._head(np.stack([hidden[start:end].mean(axis=0) for start, end in prepared.spans]))
 
     def split_others(self, outputs: Mapping[str, NDArray[Any]], batch: Sequence[Prepared]) -> list[Others]:
         """Give what each text wants besides its dense vector."""
@@ -312,11 +382,36 @@ def _check_instructions(item: TextItem) -> None:
         raise InputTooLarge.over(
             "the list", len(item.instructions), _MAX_INSTRUCTIONS, "instructions", field="instructions"
         )
+    if item.late_chunking is not None:
+        raise InvalidRequest("give instructions or late_chunking, not both", field="late_chunking")
     if item.instruction or item.role:
         other = "instruction" if item.instruction else "role"
         raise InvalidRequest(f"give instructions or {other}, not both", field=other)
     if "" in item.instructions:
         raise InvalidRequest("an instruction is empty: leave it out", field="instructions")
+
+
+def _offsets(wanted: LateChunking, text: str, ends: list[int]) -> NDArray[np.int64]:
+    """Give start and end of every span, int64 [spans, 2]."""
+    if bool(wanted.offsets) == bool(wanted.units):
+        raise InvalidRequest("late chunking takes either offsets or units, above 0", field="late_chunking")
+    if wanted.units:
+        # Each once: several tokens may end within one character.
+        last = list(dict.fromkeys(ends[wanted.units - 1 : -1 : wanted.units] + ends[-1:]))
+        return np.array(list(zip([0, *last], last, strict=False)), np.int64).reshape(-1, 2)
+    if len(wanted.offsets) % 2:
+        raise InvalidRequest(
+            f"{len(wanted.offsets)} offsets make no pairs of start and end", field="late_chunking.offsets"
+        )
+    offsets = np.array(wanted.offsets, np.int64).reshape(-1, 2)
+    for i, (start, end) in enumerate(offsets.tolist()):
+        if not start < end <= len(text) or (i and start < offsets[i - 1, 0]):
+            raise InvalidRequest(
+                f"span {i} is characters {start} to {end}: spans lie within the {len(text)} characters of the text, "
+                "hold at least one, and come in the order of their starts",
+                field="late_chunking.offsets",
+            )
+    return offsets
 
 
 def fill_rows(units: Sequence[int], width: int) -> list[list[int]]:

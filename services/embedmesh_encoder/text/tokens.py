@@ -48,10 +48,12 @@ class Content:
     Attributes:
         prompt: Ids of the tokens that hold nothing of the text.
         ids: Ids of the others.
+        ends: Where each of the others ends, in characters of the text.
     """
 
     prompt: list[int]
     ids: list[int]
+    ends: list[int]
 
 
 class WindowedTokenizer:
@@ -116,7 +118,12 @@ class WindowedTokenizer:
         ids, first = encoding.ids, 0
         if prompt:
             first = sum(1 for _ in takewhile(lambda offsets: offsets[1] <= len(prompt), encoding.offsets))
-        return Content(ids[:first], ids[first:])
+        return Content(ids[:first], ids[first:], [end - len(prompt) for _, end in encoding.offsets[first:]])
+
+    @property
+    def before(self) -> int:
+        """How many special tokens stand before a text."""
+        return len(self._before)
 
     def within_specials(self, ids: list[int]) -> list[int]:
         """Put the special tokens around ids."""
