@@ -355,7 +355,7 @@ def is_whole(embedding: pb.Embedding, info: catalog_pb2.ModelInfo = _NO_INFO) ->
         return False
     if embedding.HasField("sparse") and not _is_sparse(embedding.sparse, info.sparse_dimensions):
         return False
-    if not all(_is_vector(span.dense, info.dimensions) for span in embedding.spans):
+    if embedding.spans and not all(_is_vector(span.dense, info.dimensions) for span in embedding.spans):
         return False
     return not embedding.HasField("multi_vector") or _is_matrix(embedding.multi_vector, info.multi_vector_dimensions)
 

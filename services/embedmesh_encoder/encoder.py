@@ -424,8 +424,9 @@ class Encoder:
         self, row: Row, outputs: Mapping[str, NDArray[Any]], place: int, prepared: Prepared
     ) -> Row | EmbedMeshError:
         assert isinstance(self._preparer, SpansPreparer)  # noqa: S101  (it said which spans)
-        rows = self._preparer.split_spans(outputs, place, prepared)
-        norms = l2_norms(rows)
+        with np.errstate(all="ignore"):  # as for the text's own vector
+            rows = self._preparer.split_spans(outputs, place, prepared)
+            norms = l2_norms(rows)
         if not np.isfinite(norms).all():
             return _NotFinite("a vector of this input is not finite")
         return row[0], row[1], Others(spans=(normalized(rows, norms) if self.spec.normalized else rows, norms))

@@ -112,6 +112,8 @@ def test_a_text_that_is_too_long_for_one_pass(preparer: TextPreparer, truncation
 def test_too_many_spans(preparer: TextPreparer) -> None:
     with pytest.raises(errors.InputTooLarge, match="1025 spans, the limit is 1024"):
         preparer.prepare(late("x" * 1025, units=1), pb.TRUNCATION_END)
+    with pytest.raises(errors.InputTooLarge, match="100000 spans, the limit is 1024"):
+        preparer.prepare(late("text", *[0, 1] * 100_000), pb.TRUNCATION_END)
     assert preparer.limits["text_spans"] == 1024
 
 

@@ -212,8 +212,6 @@ class TextPreparer:
             raise error
         content = self._tokenizer.whole(prompt, item.text)
         offsets = _offsets(wanted, item.text, content.ends)
-        if len(offsets) > MAX_SPANS:
-            raise InputTooLarge.over("the text", len(offsets), MAX_SPANS, "spans", field="late_chunking")
         # Those tokens that end within a span: their ends never descend.
         spans = np.searchsorted(np.array(content.ends, np.int64), offsets, side="right")
         empty = np.flatnonzero(spans[:, 0] == spans[:, 1])
@@ -223,10 +221,10 @@ class TextPreparer:
                 "the end of no token",
                 field="late_chunking.offsets",
             )
+        if not len(offsets):  # a text without tokens has none
+            return self._pass(item, prompt, pb.TRUNCATION_END)
         ids = self._tokenizer.within_specials([*content.prompt, *content.ids])
         prepared = self._prepared(item, ids, len(ids))
-        if not len(offsets):  # an empty text has none
-            return prepared
         return replace(prepared, spans=spans + self._tokenizer.before + len(content.prompt), offsets=offsets)
 
     def _passes(self, item: TextItem, prompt: str, truncation: pb.Truncation.ValueType, most: int) -> list[Prepared]:
@@ -300,7 +298,7 @@ class TextPreparer:
         """Give the mean of the tokens of each span."""
         assert prepared.spans is not None  # noqa: S101  (the caller looked)
         hidden = outputs[self._graph.output][place]
-        return self._head(np.stack([hidden[start:end].mean(axis=0) for start, end in prepared.spans]))
+        return self._head(np.stack([hidden[start:end].mean(axis=0, dtype=np.float32) for start, end in prepared.spans]))
 
     def split_others(self, outputs: Mapping[str, NDArray[Any]], batch: Sequence[Prepared]) -> list[Others]:
         """Give what each text wants besides its dense vector."""
@@ -398,11 +396,13 @@ def _offsets(wanted: LateChunking, text: str, ends: list[int]) -> NDArray[np.int
     if wanted.units:
         # Each once: several tokens may end within one character.
         last = list(dict.fromkeys(ends[wanted.units - 1 : -1 : wanted.units] + ends[-1:]))
+        _require_few(len(last))
         return np.array(list(zip([0, *last], last, strict=False)), np.int64).reshape(-1, 2)
     if len(wanted.offsets) % 2:
         raise InvalidRequest(
             f"{len(wanted.offsets)} offsets make no pairs of start and end", field="late_chunking.offsets"
         )
+    _require_few(len(wanted.offsets) // 2)
     offsets = np.array(wanted.offsets, np.int64).reshape(-1, 2)
     for i, (start, end) in enumerate(offsets.tolist()):
         if not start < end <= len(text) or (i and start < offsets[i - 1, 0]):
@@ -412,6 +412,11 @@ def _offsets(wanted: LateChunking, text: str, ends: list[int]) -> NDArray[np.int
                 field="late_chunking.offsets",
             )
     return offsets
+
+
+def _require_few(spans: int) -> None:
+    if spans > MAX_SPANS:
+        raise InputTooLarge.over("the text", spans, MAX_SPANS, "spans", field="late_chunking")
 
 
 def fill_rows(units: Sequence[int], width: int) -> list[list[int]]:
