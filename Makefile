@@ -6,7 +6,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo up test check check-style check-types check-imports check-contract check-package proto \
-        starter starter-figures export-table test-torch test-node test-triton check-deploy bench bench-peers bench-gpu lock clean
+        starter starter-figures export-table test-torch test-node test-triton check-deploy soak bench bench-peers bench-gpu lock clean
 
 PY := .venv/bin/python
 ARGS ?=
@@ -83,6 +83,9 @@ test-triton: .venv/dev.stamp .venv-triton/triton.stamp ## Run a model in a real 
 check-deploy: .venv/dev.stamp .venv-deploy/deploy.stamp ## Check chart, images, rules, dashboard, load tests (tools in .venv-deploy)
 	$(PY) deploy/generate.py --check
 	$(PY) -m pytest tests/deploy $(ARGS)
+
+soak: .venv/dev.stamp .venv-deploy/deploy.stamp ## Load a mesh for 20 minutes: no call may fail, no process grow (ARGS="--minutes 120")
+	$(PY) deploy/loadtest/soak.py $(ARGS)
 
 bench: .venv/dev.stamp ## Measure it all into build/bench (ARGS="text cached --rounds 3", ARGS=--list)
 	@$(PY) -m embedmesh_cli bench --output build/bench $(ARGS)

@@ -7,7 +7,7 @@
 import { check } from 'k6';
 import encoding from 'k6/encoding';
 import exec from 'k6/execution';
-import { Counter, Rate } from 'k6/metrics';
+import { Counter, Rate, Trend } from 'k6/metrics';
 import grpc from 'k6/net/grpc';
 
 export const RATE = Number(__ENV.RATE || 20);
@@ -21,6 +21,8 @@ const refusedCalls = new Rate('refused_calls');
 const failedInputs = new Rate('failed_inputs');
 const cachedInputs = new Rate('cached_inputs');
 const vectors = new Counter('vectors');
+// From the first chunk to the end of a stream, which k6 does not measure by itself.
+const streamDuration = new Trend('stream_duration', true);
 
 export const thresholds = {
   failed_calls: ['rate<0.001'],
@@ -61,19 +63,23 @@ function callers(rate) {
 const client = new grpc.Client();
 let connected = false;
 
-export function embed(inputs, cache = 'CACHE_POLICY_READ_WRITE') {
-  if (!connected) {
-    try {
-      // The gateway describes its services itself.
-      client.connect(ADDRESS, { plaintext: true, reflect: true, timeout: '10s', maxReceiveSize: 64 * 1024 * 1024 });
-    } catch (error) {
-      // Left alone it would end the iteration uncounted, and a run against nothing would pass.
-      failedCalls.add(true);
-      console.error(`${ADDRESS}: ${error}`);
-      return;
-    }
-    connected = true;
+function connect() {
+  if (connected) return true;
+  try {
+    // The gateway describes its services itself.
+    client.connect(ADDRESS, { plaintext: true, reflect: true, timeout: '10s', maxReceiveSize: 64 * 1024 * 1024 });
+  } catch (error) {
+    // Left alone it would end the iteration uncounted, and a run against nothing would pass.
+    failedCalls.add(true);
+    console.error(`${ADDRESS}: ${error}`);
+    return false;
   }
+  connected = true;
+  return true;
+}
+
+export function embed(inputs, cache = 'CACHE_POLICY_READ_WRITE') {
+  if (!connect()) return;
   const answer = client.invoke('embedmesh.v1.Gateway/Embed', { inputs, cache }, { timeout: '30s' });
   const refused = answer.status === grpc.StatusResourceExhausted;
   const ok = answer.status === grpc.StatusOK;
@@ -83,8 +89,40 @@ export function embed(inputs, cache = 'CACHE_POLICY_READ_WRITE') {
     if (!refused) console.error(`${answer.status}: ${answer.error && answer.error.message}`);
     return;
   }
-  const results = answer.message.results;
-  check(results, { 'one result for each input': (found) => found.length === inputs.length });
+  count(answer.message.results, inputs.length);
+}
+
+// A stream of bulk work counts as one call: it fails when a chunk does, or when one stays without an answer.
+export function embedStream(chunks) {
+  if (!connect()) return;
+  const started = Date.now();
+  const open = new Map(chunks.map((inputs, sequence) => [String(sequence), inputs.length]));
+  let failed = false;
+  const fail = (reason) => {
+    failed = true;
+    console.error(`stream: ${reason}`);
+  };
+  const stream = new grpc.Stream(client, 'embedmesh.v1.Gateway/EmbedStream', { timeout: '60s' });
+  stream.on('data', ({ sequence = '0', response, error }) => {
+    if (!open.has(sequence)) fail(`an answer to chunk ${sequence} that nobody waits for`);
+    if (error) fail(error.message);
+    if (response) count(response.results, open.get(sequence));
+    open.delete(sequence);
+  });
+  stream.on('error', (error) => fail(error.message));
+  stream.on('end', () => {
+    if (open.size) fail(`${open.size} chunks without an answer`);
+    failedCalls.add(failed);
+    streamDuration.add(Date.now() - started);
+  });
+  chunks.forEach((inputs, sequence) => {
+    stream.write({ sequence, request: { inputs, cache: 'CACHE_POLICY_READ_WRITE', priority: 'PRIORITY_BULK' } });
+  });
+  stream.end();
+}
+
+function count(results, wanted) {
+  check(results, { 'one result for each input': (found) => found.length === wanted });
   for (const result of results) {
     const good = Boolean(result.embedding);
     failedInputs.add(!good);
@@ -106,9 +144,9 @@ export function newTexts(count = INPUTS) {
   });
 }
 
-// A few are asked for most of the time: of 10,000, one in five calls for the first hundred, and so on.
-export function popularTexts(count = INPUTS) {
-  return Array.from({ length: count }, () => ({ text: { text: `question number ${Math.floor(10000 * Math.random() ** 3)}` } }));
+// A few are asked for most of the time: one call in five for the first hundredth of them, and so on.
+export function popularTexts(count = INPUTS, known = 10000) {
+  return Array.from({ length: count }, () => ({ text: { text: `question number ${Math.floor(known * Math.random() ** 3)}` } }));
 }
 
 // Uncompressed, made here: 32 x 32 pixels as BMP.

@@ -92,10 +92,13 @@ async def test_smoke_mixed_and_cached_pass(k6: Any, tmp_path: Path) -> None:
 
 async def test_soak_and_ramp_run(k6: Any, tmp_path: Path) -> None:
     """Shortened: that they run and count, not that this machine holds the load."""
-    async with mesh(tmp_path, image_models=(), audio_models=()) as started:
-        soak = await k6("soak", started.address, RATE=10, DURATION="3s", P99_MS=5000)
+    async with mesh(tmp_path) as started:
+        soak = await k6("soak", started.address, RATE=20, DURATION="4s", P99_MS=5000)
         ramp = await k6("ramp", started.address, RATE=4, DURATION="1s", P99_MS=5000)
     assert soak.status == 0, soak.output
+    # Of four chunks each, all answered.
+    assert soak.metrics["grpc_streams_msgs_received"]["count"] == 4 * soak.metrics["grpc_streams"]["count"]
+    assert 0.05 < soak.metrics["cached_inputs"]["value"] < 0.95
     assert ramp.status == 0, ramp.output
     assert ramp.metrics["iterations"]["count"] > 20
 
@@ -114,6 +117,14 @@ async def test_a_gateway_that_is_not_there_fails_the_run(k6: Any, free_port: Any
     assert "connection refused" in run.output
 
 
+async def test_a_stream_that_fails_fails_the_run(k6: Any, tmp_path: Path) -> None:
+    """A chunk of nothing but pictures and sounds, which nobody embeds."""
+    async with mesh(tmp_path, image_models=(), audio_models=()) as started:
+        run = await k6("soak", started.address, RATE=20, DURATION="2s", P99_MS=5000)
+    assert run.status == CROSSED, run.output
+    assert run.metrics["failed_calls"]["passes"] == run.metrics["grpc_streams"]["count"], run.output
+
+
 async def test_slowness_fails_the_run(k6: Any, tmp_path: Path) -> None:
     async with mesh(tmp_path, image_models=(), audio_models=()) as started:
         run = await k6("cached", started.address, RATE=5, DURATION="2s", P99_MS=0.01, CACHED=0)
@@ -123,9 +134,7 @@ async def test_slowness_fails_the_run(k6: Any, tmp_path: Path) -> None:
 async def test_refusals_are_told_from_failures(k6: Any, tmp_path: Path) -> None:
     """A full mesh refuses with the time to come back: the spike allows that, and nothing else."""
     write_model(tmp_path / "slow", dimensions=64, base_ms=150)
-    async with mesh(
-        tmp_path, text_models=(tmp_path / "slow",), image_models=(), audio_models=(), gateway={"max_inflight_inputs": 8}
-    ) as started:
+    async with mesh(tmp_path, text_models=(tmp_path / "slow",), gateway={"max_inflight_inputs": 8}) as started:
         spike = await k6("spike", started.address, RATE=3, DURATION="1s", PEAK="2s")
         soak = await k6("soak", started.address, RATE=30, DURATION="2s", P99_MS=60000)
     assert spike.status == 0, spike.output
