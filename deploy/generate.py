@@ -59,6 +59,7 @@ _NARROWED: Final[dict[str, dict[str, Any]]] = {
     "prometheusAddress": {"pattern": "^(https?://.+)?$"},
     "interval": {"pattern": "^[0-9]+(ms|s|m)$"},
     "latencyTargetSeconds": {"type": "number", "exclusiveMinimum": 0},
+    "runbookBase": {"pattern": "^(https?://.+/)?$"},
     "port": {"minimum": 1, "maximum": 65535},
     "replicas": {"minimum": 0},
     "minReplicas": {"minimum": 1},

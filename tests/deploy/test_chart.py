@@ -91,6 +91,7 @@ def test_older_kubernetes_is_refused(helm: Any) -> None:
         (["gateway.image.digest=latest"], "gateway.image.digest: Does not match pattern"),
         (["gateway.autoscaling.kind=vpa"], "gateway.autoscaling.kind must be one of the following"),
         (["monitoring.prometheusRule.latencyTargetSeconds=0"], "Must be greater than 0"),
+        (["monitoring.prometheusRule.runbookBase=https://example.org/deploy"], "runbookBase: Does not match pattern"),
         # By the templates.
         (["gateway.settings.keys_file=/k"], "Additional property keys_file is not allowed"),
         (["gateway.tls.clientCertificates=true", "test.secretName=t"], "set gateway.tls.secretName to a Secret"),

@@ -22,6 +22,9 @@ OTHERS = {
     *("--from-literal", "--from-file", "--kustomize", "--follow"),
     *("--file", "--target", "--tag", "--build", "--wait"),
     *("--summary-export", "--config", "--storage"),
+    *("--reuse-values", "--selector", "--previous", "--prefix", "--tail", "--filename", "--output", "--dry-run"),
+    *("--ignore-daemonsets", "--delete-emptydir-data", "--latency"),
+    *("--texts", "--text-model", "--target-ms", "--cache-entries", "--field", "--role"),
     *("--minutes", "--rate"),
     *("--bind", "--save", "--appendonly", "--loglevel", "--maxmemory", "--maxmemory-policy", "--protected-mode"),
 }
@@ -80,6 +83,7 @@ def test_queries_use_exported_names() -> None:
     queries = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
     board = json.loads((FILES / "dashboard.json").read_text())
     queries += [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    queries += re.findall(r"```promql\n(.*?)```", (DEPLOY / "OPERATIONS.md").read_text(), re.DOTALL)
     for query in queries:
         metrics = set(re.findall(r"(?<![:\w])(?:embedmesh|process)_\w+", query))
         assert metrics <= set(known), query
