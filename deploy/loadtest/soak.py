@@ -78,7 +78,7 @@ def main() -> int:
     """Do it; gives the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=20.0, help="how long (20)")
-    parser.add_argument("--rate", type=float, default=20.0, help="calls a second (20); streams come to a twentieth")
+    parser.add_argument("--rate", type=int, default=20, help="calls a second (20); streams come to a twentieth")
     parser.add_argument("--p99-ms", type=float, default=1000.0, help="p99 that is demanded of calls (1000)")
     parser.add_argument("--growth-mib", type=float, default=4.0, help="what a process may grow by (4)")
     parser.add_argument("--every", type=float, default=10.0, help="seconds between two looks at memory (10)")
@@ -115,7 +115,7 @@ async def soak(k6: str, options: argparse.Namespace) -> tuple[list[str], list[Sa
                 **os.environ,
                 "K6_NO_USAGE_REPORT": "true",
                 "ADDRESS": mesh.address,
-                "RATE": f"{options.rate:g}",
+                "RATE": str(options.rate),
                 "DURATION": f"{options.minutes * 60:g}s",
                 "P99_MS": f"{options.p99_ms:g}",
             },
@@ -164,7 +164,7 @@ def look(pids: Mapping[str, int], second: float) -> list[Sample]:
 
 
 def by_minute(calls: Path) -> list[Minute]:
-    """Read k6's samples, a minute of them at a time; what ends after the last whole minute is counted to that."""
+    """Read k6's samples, a minute of them at a time; calls count when they end."""
     minutes: dict[int, Minute] = {}
     first = None
     with calls.open(newline="", encoding="utf-8") as file:
