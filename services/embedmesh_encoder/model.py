@@ -31,6 +31,9 @@
     pad_id = 0                         # padded only; default 0
     prompts = { query = "", document = "" }      # put before the text, by role; `default` where a call
                                        # names no role; default: none
+    include_prompt = true              # default; whether pooling counts tokens of prompts; not if the graph pools
+    add_special_tokens = true          # default; whether the tokenizer's own tokens surround a text
+    extra_special_tokens = []          # of the vocabulary, found in texts (and prompts) as they stand; default: none
     pad = "longest"                    # padded only: to the longest of a batch (default), or to "max_input_units"
 
     [head]                             # modality text: what follows pooling, the graph's too (numpy, see head.py)
@@ -56,6 +59,10 @@
     skip_first = 0                     # rows left out at the beginning of a text, as BGE-M3 does with one; default 0
     skip_tokens = []                   # ids without a row, as ColBERT does with punctuation; default: none
     skip_in_queries = false            # whether that is so in texts of role QUERY, too; default
+    query_length = 0                   # most tokens of a text of role QUERY; default 0: max_input_units
+    expand_to = 0                      # tokens that such a text is filled up to, each with a row; default 0: none
+    expansion_token = 103              # what with, e.g. the id of [MASK]; only with expand_to
+    attend_to_expansion = false        # default; whether the others attend to them: if not, only padded
 
     [image]                            # modality image
     processor = "preprocessor_config.json"       # file of transformers
@@ -251,6 +258,20 @@ def _listed(file: str, info: ValidationInfo) -> None:
         raise ValueError(f'names "{file}", which is not listed in [files]' if file else "names no file")
 
 
+def _queries_fit(table: MultiVectorTable, info: ValidationInfo) -> None:
+    """See that a model can treat queries in a way of their own."""
+    if not (table.query_length or table.expand_to):
+        return
+    if len(info.data.get("kinds", ())) > 1:
+        raise ValueError("cannot have query_length or expand_to in a model that makes other kinds of the same tokens")
+    longest = info.data.get("max_input_units")
+    if longest is not None and (most := max(table.query_length, table.expand_to)) > longest:
+        raise ValueError(f"has queries of {most} tokens, but max_input_units = {longest}")
+    graph = info.data.get("graph")
+    if table.expand_to and not table.attend_to_expansion and graph and "attention_mask" not in graph.inputs:
+        raise ValueError('cannot have expand_to without attend_to_expansion: the graph has no input "attention_mask"')
+
+
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
 _Kind = Annotated[pb.EmbeddingKind.ValueType, BeforeValidator(_kind)]
 _Input = Annotated[
@@ -302,6 +323,9 @@ class TextSpec(_Table):
     pad_id: NonNegativeInt = 0
     prompts: PromptSpec = PromptSpec()
     pad: Literal["longest", "max_input_units"] = "longest"
+    include_prompt: bool = True
+    add_special_tokens: bool = True
+    extra_special_tokens: tuple[str, ...] = Field(default=(), strict=False)
 
     @property
     def query_prompt(self) -> str:
@@ -315,13 +339,14 @@ class TextSpec(_Table):
 
     def decides(self) -> dict[str, Any]:
         """What changes a vector, under keys that must not change; keys of later versions only where they are used."""
-        table = self.model_dump(exclude={"prompts", "pad"})
+        table = self.model_dump(include={"tokenizer", "pad_id"})
         table |= {f"{role}_prompt": prompt for role, prompt in self.prompts.model_dump(exclude={"default"}).items()}
         if self.prompts.default:
             table["default_prompt"] = self.prompts.default
         if self.pad != "longest":
             table["pad"] = self.pad
-        return table
+        later = {"include_prompt", "add_special_tokens", "extra_special_tokens"}
+        return table | self.model_dump(include=later, exclude_defaults=True)
 
 
 class HeadLayer(_Table):
@@ -365,6 +390,10 @@ class SparseTable(_Table):
     dimensions: PositiveInt
     skip_tokens: tuple[NonNegativeInt, ...] = Field((), strict=False)
 
+    def decides(self) -> dict[str, Any]:
+        """What changes a vector."""
+        return self.model_dump()
+
 
 class MultiVectorTable(_Table):
     """Which output gives a row for each token, and which rows are kept."""
@@ -375,6 +404,25 @@ class MultiVectorTable(_Table):
     skip_first: NonNegativeInt = 0
     skip_tokens: tuple[NonNegativeInt, ...] = Field((), strict=False)
     skip_in_queries: bool = False
+    query_length: NonNegativeInt = 0
+    expand_to: NonNegativeInt = 0
+    expansion_token: NonNegativeInt | None = Field(None, validate_default=True)
+    attend_to_expansion: bool = False
+
+    @field_validator("expansion_token")
+    @classmethod
+    def _expansion_fits(cls, token: int | None, info: ValidationInfo) -> int | None:
+        length, most = info.data.get("expand_to"), info.data.get("query_length")
+        if length is not None and bool(length) != (token is not None):
+            raise ValueError("is only for queries that are filled up (expand_to)" if length == 0 else "is missing")
+        if length and most and length > most:
+            raise ValueError(f"would fill queries up to {length} tokens, but query_length = {most}")
+        return token
+
+    def decides(self) -> dict[str, Any]:
+        """What changes a vector; keys of later versions only where they are used."""
+        later = {"query_length", "expand_to", "expansion_token", "attend_to_expansion"}
+        return self.model_dump(exclude=later) | self.model_dump(include=later, exclude_defaults=True)
 
 
 class ImageTable(_Table):
@@ -495,6 +543,9 @@ class ModelSpec(_Table):
             raise ValueError(f'is only for the modality "{info.field_name}"' if table else "is missing")
         if table:
             _listed(table.tokenizer if isinstance(table, TextSpec) else table.processor, info)
+        graph = info.data.get("graph")
+        if isinstance(table, TextSpec) and not table.include_prompt and graph and graph.pooling == "graph":
+            raise ValueError("cannot have include_prompt = false: the graph pools, and knows nothing of prompts")
         return table
 
     @field_validator("head")
@@ -540,6 +591,8 @@ class ModelSpec(_Table):
             raise ValueError('must have the pooling "tokens" when the backend is "fake"')
         if isinstance(table, SparseTable) and any(token >= table.dimensions for token in table.skip_tokens):
             raise ValueError(f"has skip_tokens beyond its dimensions ({table.dimensions})")
+        if isinstance(table, MultiVectorTable):
+            _queries_fit(table, info)
         return table
 
     @field_validator("triton")
@@ -574,7 +627,7 @@ class ModelSpec(_Table):
             decides["head"] = self.head.model_dump()
         for other in (self.sparse, self.multi_vector):
             if other:
-                decides[other.__class__.__name__] = other.model_dump()
+                decides[other.__class__.__name__] = other.decides()
         for table in ("image", "audio"):
             if self.modality == table:
                 decides[table] = getattr(self, table).model_dump()
@@ -594,6 +647,11 @@ class ModelSpec(_Table):
         pooled = self.head.layers[0].inputs if self.head else self.dimensions
         ways = self.graph.pooling
         return pooled if isinstance(ways, str) else pooled // len(ways)
+
+    @property
+    def kind_names(self) -> tuple[str, ...]:
+        """The kinds of vector it makes, as manifests name them."""
+        return tuple(name for name, kind in _KINDS.items() if kind in self.kinds)
 
     @property
     def outputs(self) -> Mapping[pb.EmbeddingKind.ValueType, str]:

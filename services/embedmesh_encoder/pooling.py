@@ -21,7 +21,10 @@ Pooling = Literal["mean", "cls", "max", "mean_sqrt_len", "weightedmean", "last"]
 
 
 def pool(
-    how: Pooling | Sequence[Pooling], hidden: NDArray[np.float32], lengths: NDArray[np.int64]
+    how: Pooling | Sequence[Pooling],
+    hidden: NDArray[np.float32],
+    lengths: NDArray[np.int64],
+    starts: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float32]:
     """Pool the vectors of each text's tokens, in one way or in several, whose vectors are then joined.
 
@@ -31,21 +34,27 @@ def pool(
             "last" (the last token).
         hidden: float32 [n, longest, d]; what lies behind a text's end is ignored, NaN too.
         lengths: Tokens of each text, int64 [n], each at least 1 and at most `longest`.
+        starts: The first token of each text that is pooled, int64 [n], each less than its length; the first of all
+            unless given. Weights of "weightedmean" are counted from the text's first token all the same.
 
     Returns:
         float32 [n, d], or [n, d * ways], not normalised.
     """
+    starts = np.zeros_like(lengths) if starts is None else starts
     if isinstance(how, str):
-        return _pool(how, hidden, lengths)
-    return np.concatenate([_pool(each, hidden, lengths) for each in how], axis=1)
+        return _pool(how, hidden, lengths, starts)
+    return np.concatenate([_pool(each, hidden, lengths, starts) for each in how], axis=1)
 
 
-def _pool(how: Pooling, hidden: NDArray[np.float32], lengths: NDArray[np.int64]) -> NDArray[np.float32]:
+def _pool(
+    how: Pooling, hidden: NDArray[np.float32], lengths: NDArray[np.int64], starts: NDArray[np.int64]
+) -> NDArray[np.float32]:
     if how == "cls":
-        return np.ascontiguousarray(hidden[:, 0])
+        return np.take_along_axis(hidden, starts[:, None, None], axis=1)[:, 0]
     if how == "last":
         return np.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-    real = np.arange(hidden.shape[1])[None, :, None] < lengths[:, None, None]
+    places = np.arange(hidden.shape[1])[None, :, None]
+    real = (places >= starts[:, None, None]) & (places < lengths[:, None, None])
     if how == "max":
         maxima: NDArray[np.float32] = np.where(real, hidden, np.float32(-np.inf)).max(axis=1)
         return maxima
@@ -53,7 +62,9 @@ def _pool(how: Pooling, hidden: NDArray[np.float32], lengths: NDArray[np.int64])
     if how == "weightedmean":
         counted *= np.arange(1, hidden.shape[1] + 1, dtype=np.float32)[None, :, None]
     sums: NDArray[np.float32] = counted.sum(axis=1)
-    divisors = {"mean": lengths, "mean_sqrt_len": np.sqrt(lengths), "weightedmean": lengths * (lengths + 1) / 2}
+    count = lengths - starts
+    weights = (lengths * (lengths + 1) - starts * (starts + 1)) / 2
+    divisors = {"mean": count, "mean_sqrt_len": np.sqrt(count), "weightedmean": weights}
     divisor = divisors[how].astype(np.float32)
     means: NDArray[np.float32] = sums / divisor[:, None]
     return means

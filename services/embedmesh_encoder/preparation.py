@@ -29,6 +29,8 @@ class Prepared:
             cut. A lower bound for inputs many times longer than the model can read.
         truncated: Whether part of the input is not read.
         group: Only inputs of equal group can be collated, e.g. images of one shape. None where all can.
+        prompt: Units at the beginning that pooling leaves out.
+        expansion: Units at the end that the model's attention leaves out, though each has a row.
         rows: Which of the units have a row in the multi-vector, bool [units]; None where the model makes none.
         kinds: Kinds of vector wanted.
         spans: Parts of the units that get a dense vector of their own, int64 [spans, 2]; None where none is wanted.
@@ -43,6 +45,8 @@ class Prepared:
     original_units: int
     truncated: bool
     group: Hashable = None
+    prompt: int = 0
+    expansion: int = 0
     rows: NDArray[np.bool_] | None = None
     kinds: frozenset[pb.EmbeddingKind.ValueType] = DENSE
     spans: NDArray[np.int64] | None = None

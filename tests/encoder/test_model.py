@@ -37,6 +37,11 @@ NO_DENSE = {"kinds": ["sparse"], "dimensions": None, "normalized": None}
 Write = Callable[..., ModelSpec]
 
 
+def rows(**changes: Any) -> dict[str, Any]:
+    only = {**NO_DENSE, "kinds": ["multi_vector"], "truncatable_dimensions": None}
+    return {**only, "multi_vector": {**MULTI_VECTOR, **changes}}
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     def write(changes: Mapping[str, Any] | None = None, content: bytes = b"weights") -> ModelSpec:
@@ -98,6 +103,15 @@ def test_what_changes_another_kind_is_another_revision(write: Write) -> None:
     ]
     revisions = [write({**kinds, "sparse": one, "multi_vector": other}).revision for one, other in tables]
     assert len({write().revision, *revisions}) == 5
+
+
+def test_queries_may_be_filled_up(write: Write) -> None:
+    plain = write(rows())
+    filled = write(rows(expand_to=8, expansion_token=1, attend_to_expansion=True))
+    assert filled.multi_vector
+    assert (filled.multi_vector.expand_to, filled.multi_vector.query_length) == (8, 0)
+    assert filled.revision != plain.revision
+    assert write(rows(query_length=0, expand_to=0, attend_to_expansion=False)).revision == plain.revision
 
 
 def test_several_ways_of_pooling_are_joined(write: Write) -> None:
@@ -207,6 +221,16 @@ def test_the_revision_ignores_the_fakes_speed(write: Write) -> None:
         ({"kinds": ["sparse"], "sparse": {**SPARSE, "skip_tokens": [9]}}, "skip_tokens beyond its dimensions (9)"),
         ({"kinds": ["sparse"], "sparse": {**SPARSE, "pool": ""}}, "sparse.pool is unknown, did you mean pooling?"),
         ({"kinds": ["multi_vector"], "multi_vector": {"output": "x"}}, "multi_vector.dimensions is missing"),
+        (rows(expand_to=8), "multi_vector.expansion_token is missing"),
+        (rows(expansion_token=1), "expansion_token is only for queries that are filled up (expand_to)"),
+        (rows(expand_to=8, expansion_token=1, query_length=4), "fill queries up to 8 tokens, but query_length = 4"),
+        (rows(query_length=17), "multi_vector has queries of 17 tokens, but max_input_units = 16"),
+        (rows(expand_to=8, expansion_token=1), 'the graph has no input "attention_mask"'),
+        (
+            {"kinds": ["dense", "multi_vector"], "multi_vector": {**MULTI_VECTOR, "query_length": 4}},
+            "cannot have query_length or expand_to in a model that makes other kinds",
+        ),
+        ({"text": {"tokenizer": "tokenizer.json", "include_prompt": False}}, "cannot have include_prompt = false"),
         ({"backend": "fake", "kinds": ["sparse"], "sparse": SPARSE}, 'must have the pooling "tokens"'),
         ({"kinds": []}, "kinds must have at least 1 item"),
         ({"truncatable_dimensions": [4, 8]}, "must all be smaller than dimensions (8), got [4, 8]"),

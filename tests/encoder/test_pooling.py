@@ -28,6 +28,21 @@ def test_tokens_become_one_vector(how: Pooling | tuple[Pooling, ...], expected: 
     np.testing.assert_allclose(vectors, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("mean", [[3, -4], [4, 1.5]]),
+        ("cls", [[3, -4], [2, 0]]),
+        ("max", [[3, -4], [6, 3]]),
+        ("mean_sqrt_len", [[3, -4], [8 / 2**0.5, 3 / 2**0.5]]),
+        ("weightedmean", [[3, -4], [22 / 5, 9 / 5]]),
+        ("last", [[3, -4], [6, 3]]),
+    ],
+)
+def test_a_prompt_is_left_out(how: Pooling, expected: list[list[float]]) -> None:
+    np.testing.assert_allclose(pool(how, HIDDEN, LENGTHS, np.array([1, 1])), expected, rtol=1e-6)
+
+
 @given(how=st.sampled_from(WAYS), padding=st.integers(0, 5), seed=st.integers(0, 99))
 def test_padding_changes_nothing_whatever_it_holds(how: Pooling, padding: int, seed: int) -> None:
     hidden = np.random.default_rng(seed).normal(size=(1, 4, 8)).astype(np.float32)

@@ -17,6 +17,7 @@ from embedmesh_encoder.text import TextItem, TextPreparer
 from embedmesh_encoder.text.preparer import fill_rows
 
 END, START, REFUSE = pb.TRUNCATION_END, pb.TRUNCATION_START, pb.TRUNCATION_REFUSE
+QUERY, DOCUMENT = text_pb2.TEXT_ROLE_QUERY, text_pb2.TEXT_ROLE_DOCUMENT
 CLS, SEP = 2, 3
 
 
@@ -53,6 +54,90 @@ def test_a_short_text_is_read_whole(preparer: TextPreparer) -> None:
     a = result.data[1]
     assert result.data.tolist() == [CLS, a, a + 1, a + 2, SEP]
     assert (result.units, result.original_units, result.truncated) == (5, 5, False)
+
+
+def without_prompts(spec: ModelSpec) -> TextPreparer:
+    assert spec.text
+    graph = GraphSpec.model_validate({"layout": "padded", "pooling": "mean"})
+    text = spec.text.model_copy(update={"include_prompt": False})
+    return TextPreparer(spec.model_copy(update={"graph": graph, "text": text}))
+
+
+def test_a_prompt_is_not_pooled(spec: ModelSpec) -> None:
+    preparer = without_prompts(spec)
+    prompts = [
+        (TextItem("abc", text_pb2.TEXT_ROLE_QUERY), len("query: ")),
+        (TextItem("abc", text_pb2.TEXT_ROLE_QUERY, "now: "), len("now: ")),
+        (TextItem("", instruction="now: "), len("now: ")),
+        (TextItem("abc"), -1),
+    ]
+    batch = [preparer.prepare(item, END) for item, _ in prompts]
+    # [CLS] goes with the prompt; without one nothing is left out.
+    assert [each.prompt for each in batch] == [1 + length for _, length in prompts]
+    feeds = preparer.collate(batch)
+    hidden = feeds["input_ids"][:, :, None].astype(np.float32)
+    vectors = preparer.split({"last_hidden_state": hidden}, batch)
+    wanted = [each.data[each.prompt :].mean() for each in batch]
+    np.testing.assert_allclose(vectors[:, 0], wanted, rtol=1e-6)
+
+
+def test_a_prompt_that_is_cut_is_left_out_as_far_as_it_is_there(spec: ModelSpec) -> None:
+    preparer = without_prompts(spec)
+    item = TextItem("x" * 12, text_pb2.TEXT_ROLE_QUERY)  # 12 + 7 of the prompt + 2 special ones, of which 16 are read
+    assert preparer.prepare(item, END).prompt == 8
+    assert preparer.prepare(item, START).prompt == 3
+    assert preparer.prepare(TextItem("x" * 20_000, text_pb2.TEXT_ROLE_QUERY), START).prompt == 0
+    # Of such a text the last special token is pooled, as in the library; without one, nothing is left.
+    assert preparer.prepare(TextItem("abc", instruction="p" * 30), END).prompt == 15
+    assert spec.text
+    bare = spec.model_copy(update={"text": spec.text.model_copy(update={"add_special_tokens": False})})
+    with pytest.raises(InputTooLarge, match="the prompt has 16 tokens, the limit is 15"):
+        without_prompts(bare).prepare(TextItem("abc", instruction="p" * 30), END)
+
+
+def test_queries_are_cut_and_filled_up(tmp_path: Path) -> None:
+    spec = write_model(tmp_path, kinds=("multi_vector",), max_input_units=16)
+    assert spec.multi_vector
+    graph = GraphSpec.model_validate({"layout": "padded"})
+    table = {"query_length": 8, "expand_to": 8, "expansion_token": 1, "skip_first": 0}
+    multi_vector = spec.multi_vector.model_copy(update=table)
+    preparer = TextPreparer(spec.model_copy(update={"graph": graph, "multi_vector": multi_vector}))
+    items = [TextItem(text, role) for text in ("ab.", "abcdefgh") for role in (QUERY, DOCUMENT)]
+    batch = [preparer.prepare(item, END) for item in items]
+    assert [(each.units, each.original_units, each.truncated, each.expansion) for each in batch] == [
+        (8, 8, False, 3),
+        (5, 5, False, 0),
+        (8, 10, True, 0),
+        (10, 10, False, 0),
+    ]
+    assert batch[0].data.tolist()[-4:] == [SEP, 1, 1, 1]
+    # Every token of a query has a row, those that fill it up, too; a document's "." has none.
+    assert [int(each.rows.sum()) for each in batch if each.rows is not None] == [8, 4, 8, 10]
+    feeds = preparer.collate(batch)
+    assert feeds["attention_mask"].sum(axis=1).tolist() == [5, 5, 8, 10]
+    assert feeds["input_ids"][0].tolist()[5:8] == [1, 1, 1]
+    with pytest.raises(InputTooLarge, match="the text has 10 tokens, the limit is 8"):
+        preparer.prepare(items[2], REFUSE)
+    short = multi_vector.model_copy(update={"query_length": 2})
+    with pytest.raises(ModelError, match=r"query_length = 2, which leaves no room for a text \(3 tokens at least\)"):
+        TextPreparer(spec.model_copy(update={"multi_vector": short}))
+
+
+def test_tokens_of_the_vocabulary_are_found_in_texts(tmp_path: Path) -> None:
+    spec = write_model(tmp_path)
+    assert spec.text
+
+    def tokens(text: str, **changes: object) -> list[int]:
+        assert spec.text
+        changed = spec.model_copy(update={"text": spec.text.model_copy(update=changes)})
+        return list(TextPreparer(changed).prepare(TextItem(text), END).data)
+
+    assert len(tokens("ab")) == 4
+    assert tokens("ab", add_special_tokens=False) == tokens("ab")[1:-1]
+    a = tokens("a")[1]
+    assert tokens("aa", extra_special_tokens=("a",)) == [CLS, a, a, SEP]
+    with pytest.raises(ModelError, match=r"has no token '\[Q\]', which the manifest has among extra_special_tokens"):
+        tokens("a", extra_special_tokens=("[Q]",))
 
 
 @pytest.mark.parametrize("text", ["", " ", "\0", "\n\t"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -17,7 +18,7 @@ from embedmesh_encoder.head import Head
 from embedmesh_encoder.model import ModelError, ModelSpec
 from embedmesh_encoder.pooling import Sparse, lexical, nonzero, pool, splade
 from embedmesh_encoder.preparation import Others, Prepared
-from embedmesh_encoder.text.tokens import WindowedTokenizer
+from embedmesh_encoder.text.tokens import Tokens, WindowedTokenizer
 
 __all__ = [
     "MAX_PASSES",
@@ -39,6 +40,7 @@ _MAX_INSTRUCTIONS: Final = 16
 # MiniLM's tokenizer takes 0.27 us a character, and as much for a text as for 30 of them.
 _QUICK_CHARACTERS: Final = 1000
 _TEXT_CHARACTERS: Final = 30
+_KEPT_PROMPTS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +133,20 @@ class TextPreparer:
         if self._has_spans:
             self.limits = {**self.limits, "text_spans": MAX_SPANS}
         self._max_units = spec.max_input_units
-        self._tokenizer = WindowedTokenizer(spec.path(spec.text.tokenizer), spec.max_input_units)
+        self._tokenizer = WindowedTokenizer(
+            spec.path(spec.text.tokenizer),
+            spec.max_input_units,
+            extra_special_tokens=spec.text.extra_special_tokens,
+            add_special_tokens=spec.text.add_special_tokens,
+        )
         self._prompts = {
             text_pb2.TEXT_ROLE_QUERY: spec.text.query_prompt,
             text_pb2.TEXT_ROLE_DOCUMENT: spec.text.document_prompt,
         }
         self._default_prompt = spec.text.prompts.default
+        self._include_prompt = spec.text.include_prompt
+        # A service has few prompts, and callers few instructions.
+        self._prompt_units = lru_cache(_KEPT_PROMPTS)(self._tokenizer.prompt_units)
         self._pad_to_max = spec.text.pad == "max_input_units"
         self._pad_id = spec.text.pad_id
         self._graph = spec.graph
@@ -148,6 +158,12 @@ class TextPreparer:
         size = spec.sparse.dimensions if spec.sparse and spec.sparse.pooling == "tokens" else 0
         if size and (vocabulary := self._tokenizer.vocabulary) > size:
             raise ModelError(f'model "{spec.name}" has {vocabulary} tokens, too many for sparse.dimensions = {size}')
+        least = len(self._tokenizer.encode("a").ids)
+        if self._multi and 0 < self._multi.query_length < least:
+            raise ModelError(
+                f'model "{spec.name}" has multi_vector.query_length = {self._multi.query_length}, which leaves no room '
+                f"for a text ({least} tokens at least)"
+            )
 
     def is_quick(self, items: Sequence[TextItem | EmbedMeshError]) -> bool:
         """Whether the texts are few and short."""
@@ -170,7 +186,8 @@ class TextPreparer:
         Raises:
             InvalidRequest: The text holds lone surrogates, or nothing that the model can read; or its instructions
                 cannot be used, or its chunks have no room for the prompt.
-            InputTooLarge: It has too many bytes, too many tokens under REFUSE, or takes too many passes.
+            InputTooLarge: It has too many bytes, too many tokens under REFUSE, takes too many passes, or has a prompt
+                that leaves nothing to pool.
         """
         if item.instructions:
             _check_instructions(item)
@@ -231,7 +248,7 @@ class TextPreparer:
         """Prepare a text behind one prompt: one pass, or under CHUNK one for each of at most so many chunks."""
         if truncation != pb.TRUNCATION_CHUNK:
             return [self._pass(item, prompt, truncation)]
-        units = item.chunking.units or self._max_units
+        units = min(item.chunking.units or self._max_units, self._limit(item))
         tokens = self._tokenizer.encode(prompt + item.text)
         if tokens.exact and tokens.total <= units:
             return [self._pass(item, prompt, truncation)]
@@ -254,33 +271,79 @@ class TextPreparer:
             raise error
         chunks = [content.ids[start : start + room] for start in range(0, count * step, step)]
         whole = sum(map(len, chunks))
+        skipped = 0 if self._include_prompt or not prompt else self._tokenizer.before + len(content.prompt)
         return [
             self._prepared(
-                item, ids := self._tokenizer.within_specials([*content.prompt, *chunk]), len(ids), len(chunk) / whole
+                item,
+                ids := self._tokenizer.within_specials([*content.prompt, *chunk]),
+                len(ids),
+                len(chunk) / whole,
+                skipped=skipped,
             )
             for chunk in chunks
         ]
 
     def _pass(self, item: TextItem, prompt: str, truncation: pb.Truncation.ValueType) -> Prepared:
-        tokens = self._tokenizer.encode(prompt + item.text, keep_end=truncation == pb.TRUNCATION_START)
+        limit = self._limit(item)
+        keep_end = truncation == pb.TRUNCATION_START
+        tokens = self._tokenizer.encode(prompt + item.text, keep_end=keep_end, max_units=limit)
         if not tokens.ids:
             raise InvalidRequest("the text holds nothing that this model can read")
-        if tokens.total > self._max_units and truncation == pb.TRUNCATION_REFUSE:
+        if tokens.total > limit and truncation == pb.TRUNCATION_REFUSE:
             count = f"{tokens.total}" if tokens.exact else f"at least {tokens.total}"
             raise InputTooLarge(
-                f"the text has {count} tokens, the limit is {self._max_units}",
-                metadata={"limit": str(self._max_units), "actual": str(tokens.total), "unit": "tokens"},
+                f"the text has {count} tokens, the limit is {limit}",
+                metadata={"limit": str(limit), "actual": str(tokens.total), "unit": "tokens"},
             )
-        return self._prepared(item, tokens.ids, tokens.total)
+        skipped = 0
+        if not self._include_prompt:
+            skipped = self._skipped(prompt, tokens, keep_end=keep_end and tokens.total > len(tokens.ids))
+        return self._prepared(item, tokens.ids, tokens.total, skipped=skipped)
 
-    def _prepared(self, item: TextItem, tokens: list[int], total: int, weight: float = 1.0) -> Prepared:
-        ids = np.array(tokens, np.int64)
+    def _limit(self, item: TextItem) -> int:
+        """Tell how many tokens of a text are read."""
+        query = item.role == text_pb2.TEXT_ROLE_QUERY
+        return (self._multi.query_length if self._multi and query else 0) or self._max_units
+
+    def _prepared(
+        self, item: TextItem, tokens: list[int], total: int, weight: float = 1.0, *, skipped: int = 0
+    ) -> Prepared:
+        query = item.role == text_pb2.TEXT_ROLE_QUERY
+        ids, expansion = self._expanded(tokens, query=query)
         rows = None
         if self._multi:
             rows = np.arange(len(ids)) >= self._multi.skip_first
-            if item.role != text_pb2.TEXT_ROLE_QUERY or self._multi.skip_in_queries:
+            if not query or self._multi.skip_in_queries:
                 rows &= ~np.isin(ids, self._multi.skip_tokens)
-        return Prepared(ids, units=len(ids), original_units=total, truncated=total > len(ids), rows=rows, weight=weight)
+        return Prepared(
+            ids,
+            units=len(ids),
+            original_units=max(total, len(ids)),
+            truncated=total > len(tokens),
+            prompt=skipped,
+            expansion=expansion,
+            rows=rows,
+            weight=weight,
+        )
+
+    def _skipped(self, prompt: str, tokens: Tokens, *, keep_end: bool) -> int:
+        """Tell how many of a text's first tokens pooling leaves out: the prompt's, and the special ones before it."""
+        units = self._prompt_units(prompt)
+        if keep_end:
+            # What was cut from the beginning was cut from the prompt; of a text that was not read whole, all of it.
+            units = max(0, units - (tokens.total - len(tokens.ids))) if tokens.exact else 0
+        if units >= len(tokens.ids):
+            raise InputTooLarge.over("the prompt", units, len(tokens.ids) - 1, "tokens")
+        return units
+
+    def _expanded(self, tokens: list[int], *, query: bool) -> tuple[NDArray[np.int64], int]:
+        """Fill a query up, as ColBERT does; gives the ids, and how many of them attention leaves out."""
+        ids = np.array(tokens, np.int64)
+        multi = self._multi
+        if multi is None or not query or (missing := multi.expand_to - len(ids)) <= 0:
+            return ids, 0
+        filled = np.concatenate([ids, np.full(missing, multi.expansion_token, np.int64)])
+        return filled, 0 if multi.attend_to_expansion else missing
 
     def collate(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
         """Lay texts out as int64 feeds; `embedmesh_encoder.model` describes the two layouts."""
@@ -291,7 +354,8 @@ class TextPreparer:
         output = outputs[self._graph.output]
         if self._graph.pooling != "graph":
             lengths = np.array([prepared.units for prepared in batch], np.int64)
-            output = pool(self._graph.pooling, output, lengths)
+            starts = np.array([prepared.prompt for prepared in batch], np.int64)
+            output = pool(self._graph.pooling, output, lengths, starts)
         return self._head(output)
 
     def split_spans(self, outputs: Mapping[str, NDArray[Any]], place: int, prepared: Prepared) -> NDArray[np.float32]:
@@ -358,8 +422,8 @@ class TextPreparer:
         return {"input_ids": ids, "position_ids": positions, "segment_ids": segments}
 
     def _collate_padded(self, batch: Sequence[Prepared]) -> dict[str, NDArray[Any]]:
-        lengths = np.array([prepared.units for prepared in batch])
-        longest = int(lengths.max())
+        attended = np.array([prepared.units - prepared.expansion for prepared in batch])
+        longest = max(prepared.units for prepared in batch)
         width = -(-longest // self._row_multiple) * self._row_multiple
         # The table of positions may end with the longest input.
         shape = (len(batch), max(longest, self._max_units if self._pad_to_max else min(width, self._max_units)))
@@ -368,7 +432,7 @@ class TextPreparer:
             row[: prepared.units] = prepared.data
         feeds = {
             "input_ids": ids,
-            "attention_mask": (np.arange(shape[1])[None, :] < lengths[:, None]).astype(np.int64),
+            "attention_mask": (np.arange(shape[1])[None, :] < attended[:, None]).astype(np.int64),
             "token_type_ids": np.zeros(shape, np.int64),
             "position_ids": np.broadcast_to(np.arange(shape[1]), shape),
         }

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Final
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from embedmesh_encoder.model import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 __all__ = ["Content", "Tokens", "WindowedTokenizer"]
@@ -67,16 +68,26 @@ class WindowedTokenizer:
     Thread-safe; tokenising releases the GIL.
     """
 
-    def __init__(self, path: Path, max_units: int, window: int = WINDOW) -> None:
+    def __init__(
+        self,
+        path: Path,
+        max_units: int,
+        window: int = WINDOW,
+        *,
+        extra_special_tokens: Sequence[str] = (),
+        add_special_tokens: bool = True,
+    ) -> None:
         """Load the tokenizer.
 
         Args:
             path: The `tokenizer.json`. Its own truncation and padding settings are switched off.
             max_units: Most tokens to keep, special tokens included.
             window: Characters that are always read.
+            extra_special_tokens: Of its vocabulary, to be found in texts as they stand.
+            add_special_tokens: Whether the post-processor's tokens surround a text.
 
         Raises:
-            ModelError: The file is not a tokenizer, or leaves no room for content.
+            ModelError: The file is not a tokenizer, lacks a token, or leaves no room for content.
         """
         try:
             text = path.read_text(encoding="utf-8")
@@ -86,13 +97,20 @@ class WindowedTokenizer:
             raise ModelError(f"cannot read the tokenizer {path}: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        for token in extra_special_tokens:
+            if self._tokenizer.token_to_id(token) is None:
+                raise ModelError(f"{path} has no token {token!r}, which the manifest has among extra_special_tokens")
+        self._tokenizer.add_special_tokens(
+            [AddedToken(token, normalized=False, special=True) for token in extra_special_tokens]
+        )
         self._window = window
         self._local = _is_local(pre)
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        self._margin = max([MARGIN, *(2 * len(token.content) for token in added)])
-        self._before, self._after = self._special_ids(path)
-        self._room = max_units - self.overhead
-        if self._room < 1:
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._margin = max([MARGIN, *(2 * len(token.content) for token in added.values())])
+        self._before, self._after = self._special_ids(path) if add_special_tokens else ([], [])
+        self._special = frozenset((*self._after, *(number for number, token in added.items() if token.special)))
+        self._max_units = max_units
+        if max_units <= self.overhead:
             raise ModelError(f"{path}: max_input_units {max_units} leaves no room beside the special tokens")
 
     @property
@@ -100,11 +118,18 @@ class WindowedTokenizer:
         """One more than the largest id."""
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
-    def encode(self, text: str, *, keep_end: bool = False) -> Tokens:
-        """Give the first tokens of a text (the last ones with `keep_end`), within special tokens."""
-        content, exact = self._content(text, keep_end=keep_end)
+    def encode(self, text: str, *, keep_end: bool = False, max_units: int = 0) -> Tokens:
+        """Give the first tokens of a text (the last ones with `keep_end`), within special tokens.
+
+        Args:
+            text: Any text without lone surrogates.
+            keep_end: Whether to cut the beginning.
+            max_units: Most tokens to keep, where that is less than usual.
+        """
+        room = (max_units or self._max_units) - self.overhead
+        content, exact = self._content(text, room, keep_end=keep_end)
         total = len(content) + self.overhead
-        kept = content[-self._room :] if keep_end else content[: self._room]
+        kept = content[-room:] if keep_end else content[:room]
         return Tokens(self.within_specials(kept), total, exact)
 
     @property
@@ -129,12 +154,17 @@ class WindowedTokenizer:
         """Put the special tokens around ids."""
         return [*self._before, *ids, *self._after]
 
-    def _content(self, text: str, *, keep_end: bool) -> tuple[list[int], bool]:
+    def prompt_units(self, prompt: str) -> int:
+        """Tell how many tokens at a text's beginning are a prompt's, as sentence-transformers counts them."""
+        ids = self.encode(prompt).ids
+        return len(ids) - (ids[-1] in self._special) if prompt else 0
+
+    def _content(self, text: str, room: int, *, keep_end: bool) -> tuple[list[int], bool]:
         """Give all content ids of the text and True, or more than fit and False."""
         size = self._window if self._local or not keep_end else len(text)
         while size < len(text):
             trusted = self._trusted(text[-size:] if keep_end else text[:size], keep_end=keep_end)
-            if len(trusted) > self._room:  # one more than fits proves that something is cut
+            if len(trusted) > room:  # one more than fits proves that something is cut
                 return trusted, False
             size *= 4  # a text without word ends is read 7/3 times in all
         return self._whole(text), True
