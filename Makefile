@@ -64,7 +64,7 @@ test-torch: .venv-torch/dev.stamp ## Compare with the reference library (install
 	.venv-torch/bin/python -m pytest -m torch $(ARGS)
 
 export-table: .venv-torch/dev.stamp ## Export small models of every family, compare, write the tables of services/README.md
-	WRITE_EXPORT_TABLE=1 .venv-torch/bin/python -m pytest -m torch tests/mesh/test_exported.py $(ARGS)
+	WRITE_EXPORT_TABLE=1 .venv-torch/bin/python -m pytest -m torch tests/mesh/test_exported.py tests/mesh/test_exported_kinds.py $(ARGS)
 
 starter: .venv-torch/starter.stamp ## Make the starter image and audio models anew: material, training, figures (two hours)
 	PYTHONPATH=services OMP_NUM_THREADS=1 .venv-torch/bin/python -m starter $(ARGS)

@@ -26,6 +26,7 @@ __all__ = [
     "explain",
     "explained",
     "plain_console",
+    "read_kinds",
     "starter_model",
 ]
 
@@ -34,6 +35,7 @@ _DISTRUST: Final = re.compile("handshake|certificate|verification", re.IGNORECAS
 FAILED = 1
 USAGE = 2
 UNREACHABLE = 3
+_KINDS: Final = ("dense", "sparse", "multi_vector")
 
 
 class UserError(Exception):
@@ -105,3 +107,15 @@ def starter_model(modality: str, console: Console) -> Path:
         raise UserError(f"{error}.") from None
     finally:
         status.stop()
+
+
+def read_kinds(text: str) -> tuple[str, ...]:
+    """Read kinds of vector, with commas between them.
+
+    Raises:
+        UserError: One is unknown.
+    """
+    kinds = tuple(dict.fromkeys(text.split(",")))
+    if unknown := [kind for kind in kinds if kind not in _KINDS]:
+        raise UserError(f"--kinds {text}: {unknown[0]!r} is none of {', '.join(_KINDS)}.", USAGE)
+    return kinds

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,9 +14,10 @@ from embedmesh.errors import EmbedMeshError
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh.vectors import l2_norms, normalized
 from embedmesh_cli.console import USAGE, UserError
+from embedmesh_cli.likeness import Vectors
 from embedmesh_encoder.backend import create_backend
 from embedmesh_encoder.model import ModelSpec
-from embedmesh_encoder.preparation import Prepared
+from embedmesh_encoder.preparation import KindsPreparer, Prepared
 
 __all__ = ["LocalModel", "contents", "demo_files", "demo_texts", "read_samples"]
 
@@ -31,15 +33,12 @@ class LocalModel:
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        """Load it; raises ModelError, and UserError for one that makes no dense vectors."""
+        """Load it; raises ModelError."""
         from embedmesh_encoder.modalities import MODALITIES, default_preparer  # noqa: PLC0415  (slow to import)
 
-        if not spec.dimensions:
-            raise UserError(f"{spec.name} makes no dense vectors, and only these can be looked at yet.", USAGE)
         self.preparer = default_preparer(spec)
-        self._output = spec.graph.output
+        self._spec = spec
         self._units = MODALITIES[spec.modality].defaults(spec).batch_cost
-        self._normalized = spec.normalized
         self.backend = create_backend(spec)
 
     def batches(self, items: Sequence[Any]) -> Iterator[list[Prepared]]:
@@ -54,14 +53,43 @@ class LocalModel:
             if batch and (not alike or sum(each.units for each in batch) + prepared.units > self._units):
                 yield batch
                 batch = []
-            batch.append(prepared)
+            batch.append(replace(prepared, kinds=frozenset(self._spec.kinds)))
         yield batch
 
     def embed(self, batch: Sequence[Prepared], *, unit: bool = True) -> NDArray[np.float32]:
-        """Give the vectors of one batch: float32 [n, dimensions]; without `unit` normalised only if the model's are."""
+        """Give the dense vectors of one batch: float32 [n, d]; without `unit` normalised only if the model's are.
+
+        Raises:
+            UserError: It makes none.
+        """
+        if not self._spec.dimensions:
+            raise UserError(f"{self._spec.name} makes no dense vectors, and only these can be measured.", USAGE)
+        outputs = self.backend.run(self.preparer.collate(batch), [self._spec.graph.output])
+        return self._dense(outputs, batch, unit=unit)
+
+    def vectors(self, batch: Sequence[Prepared]) -> Vectors:
+        """Give the vectors of one batch, of every kind that the model makes."""
+        names = list(dict.fromkeys(self._spec.outputs.values()))
+        outputs = self.backend.run(self.preparer.collate(batch), names)
+        dense = self._dense(outputs, batch) if self._spec.dimensions else None
+        if not isinstance(self.preparer, KindsPreparer):
+            return Vectors(dense)
+        with np.errstate(all="ignore"):
+            others = self.preparer.split_others(outputs, batch)
+        return Vectors(
+            dense,
+            [each.sparse for each in others if each.sparse] if self._spec.sparse else None,
+            [each.multi_vector for each in others if each.multi_vector is not None]
+            if self._spec.multi_vector
+            else None,
+        )
+
+    def _dense(
+        self, outputs: Mapping[str, NDArray[Any]], batch: Sequence[Prepared], *, unit: bool = False
+    ) -> NDArray[np.float32]:
         with np.errstate(all="ignore"):  # what is not finite is found later
-            rows = self.preparer.split(self.backend.run(self.preparer.collate(batch), [self._output]), batch)
-            return normalized(rows, l2_norms(rows)) if unit or self._normalized else rows
+            rows = self.preparer.split(outputs, batch)
+            return normalized(rows, l2_norms(rows)) if unit or self._spec.normalized else rows
 
     def close(self) -> None:
         """Free what the backend holds."""

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from embedmesh.client import Client
 from embedmesh.errors import EmbedMeshError
-from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh_cli.connection import credentials
 from embedmesh_cli.console import USAGE, UserError, explain
 from embedmesh_cli.export import export
@@ -105,9 +104,8 @@ def show_model(
     """Show what a model is, reads and gives."""
     spec = find_model(model)
     if as_json:
-        kinds = [pb.EmbeddingKind.Name(kind).removeprefix("EMBEDDING_KIND_").lower() for kind in spec.kinds]
         table = spec.model_dump(mode="json", exclude={"files", "kinds"})
-        table |= {"kinds": kinds, "files": dict(spec.files), "revision": spec.revision}
+        table |= {"kinds": list(spec.kind_names), "files": dict(spec.files), "revision": spec.revision}
         sys.stdout.write(json.dumps(table) + "\n")
         return
     for title, text in _description(spec):

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embedmesh_encoder.backend.fake import write_model
+
 
 def lines(out: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
@@ -41,6 +43,20 @@ def test_dtype(cli: Any, mesh: Any) -> None:
     assert max(map(abs, got["vector"])) == 127
     assert got["scale"] > 0
     assert len(lines(cli("embed", "--address", mesh.address, "--dtype", "binary", "x").out)[0]["vector"]) == 48
+
+
+def test_kinds(cli: Any, start_up: Any, tmp_path: Path) -> None:
+    write_model(tmp_path / "all", name="all", kinds=("dense", "sparse", "multi_vector"), dimensions=8)
+    address = start_up("--text-model", str(tmp_path / "all")).address
+    (line,) = lines(cli("embed", "--address", address, "--kinds", "sparse,multi_vector", "abc").out)
+    assert "vector" not in line
+    assert sorted(line["sparse"]) == ["indices", "values"]
+    assert len(line["sparse"]["indices"]) == len(line["sparse"]["values"]) > 0
+    assert [len(row) for row in line["multi_vector"]] == [16] * 4
+    assert len(lines(cli("embed", "--address", address, "--kinds", "dense,sparse", "abc").out)[0]["vector"]) == 8
+    done = cli("embed", "--address", address, "--kinds", "dense,sparse", "abc", "--output", tmp_path / "x.npy")
+    assert (done.status, "holds dense vectors only: write --kinds dense,sparse to JSON lines" in done.err) == (2, True)
+    assert cli("embed", "--address", address, "--kinds", "dense,bits", "abc").status == 2
 
 
 def test_decimals_read_back_exactly(cli: Any, mesh: Any, tmp_path: Path) -> None:

@@ -20,10 +20,13 @@ from safetensors.numpy import save
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from embedmesh.v1 import embedding_pb2 as pb
+from embedmesh.v1 import text_pb2
+from embedmesh_cli.likeness import Vectors, join
 from embedmesh_cli.local import LocalModel
 from embedmesh_encoder.model import load_spec, verify_files
 from embedmesh_encoder.text import TextItem
 
+IDENTITY = "torch.nn.modules.linear.Identity"
 UNKNOWN = "[UNK]"
 WORDS = [
     "[PAD]",
@@ -133,6 +136,48 @@ def sentence_transformer(
         if weights:
             files[f"{path}/model.safetensors"] = save(dict(weights))
     return files
+
+
+def modules(files: Files, *listed: tuple[str, str]) -> Files:
+    """Another list of modules, of sentence-transformers: kind and folder."""
+    made = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(listed)
+    ]
+    return files | {"modules.json": json.dumps(made).encode()}
+
+
+def splade(**pooling: Any) -> Files:
+    files = modules(sentence_transformer(), ("MLMTransformer", ""), ("SpladePooling", "1_Splade"))
+    files["1_Splade/config.json"] = json.dumps(pooling).encode()
+    return files | {"onnx/model.onnx": graph(output="logits")["model.onnx"]}
+
+
+def colbert(
+    dense: Mapping[str, Any] | None = None, *, output: str = "token_vectors", more: str = "", **settings: Any
+) -> Files:
+    """A repository as PyLate saves it, whose graph has its Dense inside."""
+    listed = [("Transformer", ""), ("Dense", "1_Dense"), *([(more, "2_More")] if more else [])]
+    files = modules(sentence_transformer(), *listed)
+    config = {"in_features": HIDDEN, "out_features": HIDDEN, "bias": False, "activation_function": IDENTITY}
+    said = {"model_type": "ColBERT", "query_length": 6, "document_length": 20, "skiplist_words": [":", "?!"]}
+    files |= {
+        "1_Dense/config.json": json.dumps(config | dict(dense or {})).encode(),
+        "1_Dense/model.safetensors": save({"linear.weight": np.eye(HIDDEN, dtype=np.float32)}),
+        "config_sentence_transformers.json": json.dumps(said | settings).encode(),
+        "tokenizer_config.json": b'{"pad_token": "[PAD]", "mask_token": "[PAD]", "model_max_length": 512}',
+        "onnx/model.onnx": graph(output=output)["model.onnx"],
+    }
+    return files
+
+
+def static(**weights: Any) -> Files:
+    files = modules({}, ("StaticEmbedding", "0_StaticEmbedding"))
+    place = "0_StaticEmbedding"
+    return files | {
+        f"{place}/tokenizer.json": tokenizer(),
+        f"{place}/model.safetensors": save(weights or {"embeddings": TABLE}),
+    }
 
 
 @pytest.fixture
@@ -338,6 +383,90 @@ def test_weights_beside_the_graph_come_along(cli: Any, folder: Any, home: Path) 
     np.testing.assert_allclose(embed(home / "tiny", "cat")[0], rows("cat").mean(axis=0), rtol=1e-5)
 
 
+def test_prompts_outside_of_pooling(cli: Any, folder: Any, home: Path) -> None:
+    prompts = {"config_sentence_transformers.json": b'{"prompts": {"query": "query : "}}'}
+    done = cli("models", "pull", folder(sentence_transformer(pooling={"include_prompt": False}) | prompts))
+    assert done.status == 0, done.err
+    items = [
+        TextItem("cat sat", text_pb2.TEXT_ROLE_QUERY),
+        TextItem("cat sat"),
+        TextItem("sat", instruction="the big "),
+    ]
+    model = LocalModel(load_spec(home / "tiny"))
+    found = np.concatenate([model.embed(batch, unit=False) for batch in model.batches(items)])
+    model.close()
+    wanted = [rows("query : cat sat")[3:].mean(0), rows("cat sat").mean(0), rows("sat")[1:].mean(0)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def vectors(path: Path, *texts: str, role: Any = text_pb2.TEXT_ROLE_UNSPECIFIED) -> Vectors:
+    model = LocalModel(load_spec(path))
+    found = join([model.vectors(batch) for batch in model.batches([TextItem(text, role) for text in texts])])
+    model.close()
+    return found
+
+
+def test_logits_become_a_sparse_vector(cli: Any, folder: Any, home: Path) -> None:
+    done = cli("models", "pull", folder(splade()))
+    assert done.status == 0, done.err
+    spec = load_spec(home / "tiny")
+    assert (spec.kind_names, spec.dimensions) == (("sparse",), 0)
+    ((indices, values),) = vectors(home / "tiny", "the cat sat").sparse or ()
+    wanted = np.log1p(np.maximum(rows("the cat sat"), 0)).max(0)
+    np.testing.assert_array_equal(indices, np.nonzero(wanted)[0])
+    np.testing.assert_allclose(values, wanted[indices], rtol=1e-6)
+
+
+def test_tokens_become_rows(cli: Any, folder: Any, home: Path) -> None:
+    done = cli("models", "pull", folder(colbert()))
+    assert done.status == 0, done.err
+    assert 'no token of its vocabulary, and so are not skipped: ["?!"]' in done.out
+    spec = load_spec(home / "tiny")
+    assert spec.multi_vector
+    assert (spec.multi_vector.query_length, spec.multi_vector.expand_to, spec.max_input_units) == (6, 6, 20)
+    query, document = (
+        (vectors(home / "tiny", "the cat :", role=role).multi_vector or [])[0]
+        for role in (text_pb2.TEXT_ROLE_QUERY, text_pb2.TEXT_ROLE_DOCUMENT)
+    )
+    # [CLS] the cat : [SEP], and a token of padding, which is the one to fill up with; without ":" for documents.
+    unit = TABLE / np.linalg.norm(TABLE, axis=1, keepdims=True)
+    ids = [1, WORDS.index("the"), WORDS.index("cat"), WORDS.index(":"), 2, 0]
+    np.testing.assert_allclose(query, unit[ids], rtol=1e-5)
+    np.testing.assert_allclose(document, unit[[1, WORDS.index("the"), WORDS.index("cat"), 2]], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "factors"),
+    [
+        ({"embedding.weight": TABLE}, np.ones(len(WORDS))),
+        ({"embeddings": TABLE.astype(np.float16)}, np.ones(len(WORDS))),
+        (
+            {
+                "embeddings": TABLE[::-1].copy(),
+                "mapping": np.arange(len(WORDS))[::-1].copy(),
+                "weights": np.arange(15.0),
+            },
+            np.arange(15.0),
+        ),
+    ],
+)
+def test_a_table_of_tokens(cli: Any, folder: Any, home: Path, weights: Any, factors: Any) -> None:
+    done = cli("models", "pull", folder(static(**weights)))
+    assert done.status == 0, done.err
+    spec = load_spec(home / "tiny")
+    assert (spec.graph.layout, spec.max_input_units, spec.normalized) == ("packed", 32_768, False)
+    found = vectors(home / "tiny", "the cat sat", "a", "big red fox the cat").dense
+    assert found is not None
+    table = TABLE * factors[:, None]
+    wanted = [
+        table[[WORDS.index(word) for word in text.split()]].mean(0)
+        for text in ("the cat sat", "a", "big red fox the cat")
+    ]
+    np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-3)
+    done = cli("models", "pull", folder(static(**weights)), "--max-units", 4, "--replace")
+    assert load_spec(home / "tiny").max_input_units == 4
+
+
 def test_a_graph_that_holds_the_whole_pipeline(cli: Any, folder: Any, home: Path) -> None:
     files = sentence_transformer(("Normalize", {}, {}))
     files["onnx/model.onnx"] = graph(output="sentence_embedding", pooled=True)["model.onnx"]
@@ -510,12 +639,9 @@ REFUSED: list[tuple[str, Callable[[], Files], str]] = [
         "needs code of its own (custom_st.Transformer), which never runs here",
     ),
     (
-        "static embeddings",
-        lambda: (
-            sentence_transformer()
-            | {"modules.json": b'[{"path": "", "type": "sentence_transformers.models.StaticEmbedding"}]'}
-        ),
-        "is made of StaticEmbedding: the encoder serves Transformer, Pooling",
+        "a table and more",
+        lambda: modules(static(), ("StaticEmbedding", "0_StaticEmbedding"), ("Dense", "1_Dense")),
+        "is made of StaticEmbedding, Dense: the encoder serves Transformer, Pooling",
     ),
     ("no list", lambda: sentence_transformer() | {"modules.json": b"{}"}, "is not the list of modules"),
     ("no JSON", lambda: sentence_transformer() | {"modules.json": b"["}, "is not the list of modules"),
@@ -548,7 +674,59 @@ REFUSED: list[tuple[str, Callable[[], Files], str]] = [
         "is not as its library writes it (KeyError: 'dimension')",
     ),
     ("a bad config", lambda: sentence_transformer() | {"1_Pooling/config.json": b"["}, "is not JSON"),
-    ("prompts outside", lambda: sentence_transformer(pooling={"include_prompt": False}), "include_prompt"),
+    (
+        "prompts outside, pooled inside",
+        lambda: (
+            sentence_transformer(pooling={"include_prompt": False})
+            | {"onnx/model.onnx": graph(output="sentence_embedding", pooled=True)["model.onnx"]}
+        ),
+        "leaves prompts out of its pooling (include_prompt), but onnx/model.onnx pools by itself",
+    ),
+    (
+        "sums of logits",
+        lambda: splade(pooling_strategy="sum"),
+        "gives logits, from which its sparse vectors cannot be made here",
+    ),
+    ("another SPLADE", lambda: splade(activation_function="gelu"), "pools by max of gelu, which is no SPLADE"),
+    ("rows without their layers", lambda: colbert(output="last_hidden_state"), "which are not its rows"),
+    ("rows of another width", lambda: colbert({"out_features": 5}), "has rows of 8 numbers, its modules of 5"),
+    ("long queries", lambda: colbert(query_length=33, document_length=32), "has queries of 33 tokens, but reads 32"),
+    (
+        "longer than positions",
+        lambda: colbert(query_length=65, document_length=300),
+        "has queries of 65 tokens, but reads 64",
+    ),
+    (
+        "no token to fill up with",
+        lambda: colbert() | {"tokenizer_config.json": b'{"pad_token": "[PAD]"}'},
+        "names no mask_token or eos_token of the vocabulary",
+    ),
+    (
+        "an unknown expansion",
+        lambda: colbert(query_expansion={"strategy": "max"}),
+        "fills queries up in a way that the encoder does not know",
+    ),
+    (
+        "pooled rows",
+        lambda: colbert(more="HierarchicalTokenPooling"),
+        "has a module HierarchicalTokenPooling, which the encoder does not know of rows of tokens",
+    ),
+    (
+        "a table as a pickle",
+        lambda: {k: v for k, v in static().items() if not k.endswith(".safetensors")},
+        "has no 0_StaticEmbedding/model.safetensors: pickles and other forms of its table are never loaded",
+    ),
+    ("no table", lambda: static(table=TABLE), "holds no table of numbers for tokens, but {'table': 'float32 [15, 8]'}"),
+    (
+        "a mapping beyond the table",
+        lambda: static(embeddings=TABLE, mapping=np.array([0, 15])),
+        "leads beyond its 15 rows",
+    ),
+    (
+        "weights of other tokens",
+        lambda: static(embeddings=TABLE, weights=np.ones(3, np.float32)),
+        "has (3,) weights for 15 tokens",
+    ),
     ("another pooling", lambda: sentence_transformer(pooling={"pooling_mode": "attention"}), "pools by attention"),
     (
         "a pickled Dense",

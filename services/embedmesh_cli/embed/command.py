@@ -18,7 +18,7 @@ from embedmesh.errors import EmbedMeshError
 from embedmesh.inputs import Input
 from embedmesh.results import EmbedResult, ModelInfo
 from embedmesh_cli.connection import credentials
-from embedmesh_cli.console import FAILED, USAGE, UserError, explain
+from embedmesh_cli.console import FAILED, USAGE, UserError, explain, read_kinds
 from embedmesh_cli.embed.entries import Entry, Source, open_texts
 from embedmesh_cli.embed.media import is_media_file, open_media
 from embedmesh_cli.embed.output import Failure, Writer, open_writer
@@ -92,6 +92,14 @@ def embed(
     dtype: Annotated[
         Literal["float32", "float16", "int8", "binary"], typer.Option(help="Type of the elements.")
     ] = "float32",
+    kinds: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND[,...]",
+            help="Kinds of vector, of one run of the model: dense, sparse, multi_vector. In JSON lines they are "
+            "vector, sparse (indices and values) and multi_vector (a list of rows).",
+        ),
+    ] = "dense",
     role: Annotated[
         Literal["query", "document"] | None, typer.Option(help="Puts the model's prompt for this role before the text.")
     ] = None,
@@ -135,8 +143,10 @@ def embed(
         raise UserError(f"give {'--media' if media else 'texts'} or --file, not both.", USAGE)
     if media and (role or instruction or with_text):
         raise UserError("--role, --instruction and --with-text are for texts; --media takes none of them.", USAGE)
+    wanted = read_kinds(kinds)
     options: dict[str, Any] = {
         "model": model,
+        "kinds": wanted,
         "dimensions": dimensions,
         "dtype": dtype,
         "role": role,
@@ -153,7 +163,7 @@ def embed(
     given = credentials(tls=tls, token=token)
     with ExitStack() as stack:
         source = open_media(texts or ()) if media else open_texts(stack, texts or (), file, field)
-        run = _Run(source, open_writer(stack, output, with_text=with_text, media=media))
+        run = _Run(source, open_writer(stack, output, with_text=with_text, media=media, kinds=wanted))
         try:
             # Asked first, and not for long: a missing mesh is told at once, a restart under way is waited out.
             with Client(address, retries=1, **given) as probe:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Final, Protocol
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from embedmesh.results import EmbedResult
+from embedmesh.results import EmbedResult, SparseVector
 from embedmesh_cli.console import USAGE, UserError
 from embedmesh_cli.embed.entries import Entry
 
@@ -43,18 +44,24 @@ class Writer(Protocol):
         """Write what is known only at the end."""
 
 
-def open_writer(stack: ExitStack, output: Path | None, *, with_text: bool, media: bool) -> Writer:
+def open_writer(
+    stack: ExitStack, output: Path | None, *, with_text: bool, media: bool, kinds: Sequence[str] = ("dense",)
+) -> Writer:
     """Give the writer that the name of `output` asks for.
 
     Raises:
-        UserError: The file cannot be written.
+        UserError: The file cannot be written, or has no place for a kind of vector.
     """
     if output is None:
-        return _JsonLines(sys.stdout.buffer, with_text=with_text)
+        return _JsonLines(sys.stdout.buffer, with_text=with_text, kinds=kinds)
+    if output.suffix == ".npy" and list(kinds) != ["dense"]:
+        raise UserError(
+            f"--output {output} holds dense vectors only: write --kinds {','.join(kinds)} to JSON lines.", USAGE
+        )
     try:
         stream = stack.enter_context(_replacing(output))
         if output.suffix != ".npy":
-            return _JsonLines(stream, with_text=with_text)
+            return _JsonLines(stream, with_text=with_text, kinds=kinds)
         if not media:
             return _Npy(stream)
         # The rows of a file of texts are its lines; only this tells which row is which picture.
@@ -87,8 +94,16 @@ class _replacing:  # noqa: N801  (used as a context manager)
 class _JsonLines:
     """One JSON object a line."""
 
-    def __init__(self, stream: BinaryIO, *, with_text: bool = False, with_vector: bool = True) -> None:
+    def __init__(
+        self,
+        stream: BinaryIO,
+        *,
+        with_text: bool = False,
+        with_vector: bool = True,
+        kinds: Sequence[str] = ("dense",),
+    ) -> None:
         self._stream = stream
+        self._kinds = kinds
         self._with_text = with_text
         self._with_vector = with_vector
 
@@ -102,7 +117,7 @@ class _JsonLines:
             line["error"] = {"code": outcome.code, "reason": outcome.reason, "message": outcome.message}
         else:
             if self._with_vector:
-                line["vector"] = _numbers(outcome.vector)
+                line |= {key: read(outcome) for key, read in (_FIELDS[kind] for kind in self._kinds)}
             if outcome.scale != 1:
                 line["scale"] = outcome.scale
             line["model"] = outcome.model.name if outcome.model else ""
@@ -115,12 +130,24 @@ class _JsonLines:
         self._stream.flush()
 
 
+def _sparse(vector: SparseVector) -> dict[str, list[float]]:
+    return {"indices": vector.indices.tolist(), "values": _numbers(vector.values)}
+
+
 def _numbers(vector: NDArray[Any]) -> list[float]:
     """Give the shortest decimals that read back as the same element."""
     if vector.dtype.kind != "f":
         return [int(x) for x in vector]
     digits = 9 if vector.dtype == np.float32 else 5
     return [float(f"{x:.{digits}g}") for x in vector.tolist()]
+
+
+# The key of a line, and what it holds, by kind.
+_FIELDS: Final[Mapping[str, tuple[str, Callable[[EmbedResult], Any]]]] = {
+    "dense": ("vector", lambda result: _numbers(result.vector)),
+    "sparse": ("sparse", lambda result: _sparse(result.sparse)),
+    "multi_vector": ("multi_vector", lambda result: [_numbers(row) for row in result.multi_vector]),
+}
 
 
 class _Npy:

@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
+from embedmesh.v1 import text_pb2
 from embedmesh_cli.console import UserError
+from embedmesh_cli.likeness import LEAST_COSINE, MOST_APART, Vectors, join
+from embedmesh_cli.likeness import compare as compare_vectors
 from embedmesh_cli.local import LocalModel, demo_files, demo_texts
 from embedmesh_encoder.modalities import MODALITIES
 from embedmesh_encoder.model import ModelSpec
 from embedmesh_encoder.preparation import Prepared
+from embedmesh_encoder.text import TextItem
 
-__all__ = ["LEAST_COSINE", "MOST_COMPANY", "Reference", "compare"]
+__all__ = ["Comparison", "Reference", "compare"]
 
-Float32 = NDArray[np.float32]
-# Of one prepared input: its vector by torch, float32 [1, d], not normalised.
-Reference = Callable[[ModelSpec, Prepared], Float32]
+# Of one prepared input: its vectors by torch; dense ones and rows need not be normalised.
+Reference = Callable[[ModelSpec, Prepared], Vectors]
 
-LEAST_COSINE: Final = 0.9999
-# Of an element of a normalised vector, alone and in company.
-MOST_COMPANY: Final = 1e-5
 _MOST_FILES: Final = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What was found.
+    """What was found of one kind of vector.
 
     Attributes:
+        kind: Of vector.
         samples: How many inputs.
         units: Of the shortest and of the longest.
         cosine: The worst.
         company: Largest difference of an element, alone and in company.
     """
 
+    kind: str
     samples: int
     units: tuple[int, int]
     cosine: float
     company: float
 
 
-def compare(spec: ModelSpec, reference: Reference) -> Comparison:
+def compare(spec: ModelSpec, reference: Reference) -> list[Comparison]:
     """Compare a model with its reference.
 
     Raises:
@@ -54,39 +54,41 @@ def compare(spec: ModelSpec, reference: Reference) -> Comparison:
     model = LocalModel(spec)
     try:
         batches = list(model.batches(_samples(spec)))
-        together = np.concatenate([model.embed(batch) for batch in batches])
+        together = join([model.vectors(batch) for batch in batches])
         inputs = [prepared for batch in batches for prepared in batch]
-        alone = np.concatenate([model.embed([prepared]) for prepared in inputs])
+        alone = join([model.vectors([prepared]) for prepared in inputs])
     finally:
         model.close()
-    theirs = np.concatenate([reference(spec, prepared) for prepared in inputs]).astype(np.float64)
-    theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)
-    cosines = [float(np.einsum("nd,nd->n", ours, theirs).min()) for ours in (together, alone)]
-    found = Comparison(
-        len(inputs),
-        (min(each.units for each in inputs), max(each.units for each in inputs)),
-        min(cosines),
-        float(np.abs(together - alone).max()),
-    )
-    # So that numbers which are not finite fail, too.
-    if not min(cosines) >= LEAST_COSINE or not max(cosines) >= LEAST_COSINE:
-        raise UserError(
-            f"the exported graph gives other vectors than torch (worst cosine {found.cosine:.6f}, at least "
-            f"{LEAST_COSINE} is wanted): nothing was kept."
-        )
-    if not found.company <= MOST_COMPANY:
-        raise UserError(
-            f"the exported graph gives vectors that depend on what else is in their batch (by {found.company:.1e}): "
-            "nothing was kept."
-        )
+    theirs = join([reference(spec, prepared) for prepared in inputs])
+    units = [each.units for each in inputs]
+    found = []
+    for likeness, single, company in zip(
+        compare_vectors(together, theirs), compare_vectors(alone, theirs), compare_vectors(alone, together), strict=True
+    ):
+        kind, cosines = likeness.kind, [float(each.cosines.min()) for each in (likeness, single)]
+        what = f"other {kind.replace('_', '-')} vectors than torch" if kind != "dense" else "other vectors than torch"
+        if likeness.problem:
+            raise UserError(f"the exported graph gives {what} ({likeness.problem}): nothing was kept.")
+        # So that numbers which are not finite fail, too.
+        if not min(cosines) >= LEAST_COSINE or not max(cosines) >= LEAST_COSINE:
+            raise UserError(
+                f"the exported graph gives {what} (worst cosine {min(cosines):.6f}, at least {LEAST_COSINE} is "
+                "wanted): nothing was kept."
+            )
+        if not company.apart <= MOST_APART[kind]:
+            raise UserError(
+                f"the exported graph gives vectors that depend on what else is in their batch (by {company.apart:.1e})"
+                ": nothing was kept."
+            )
+        found.append(Comparison(kind, len(inputs), (min(units), max(units)), min(cosines), company.apart))
     return found
 
 
 def _samples(spec: ModelSpec) -> Sequence[Any]:
-    make = MODALITIES[spec.modality].item
     if spec.modality == "text":
-        return [make(text) for text in _texts()]
-    return [make(content) for content in demo_files(spec.modality)[:_MOST_FILES]]
+        roles = (text_pb2.TEXT_ROLE_UNSPECIFIED, text_pb2.TEXT_ROLE_QUERY)
+        return [TextItem(text, role) for text, role in zip(_texts(), itertools.cycle(roles), strict=False)]
+    return [MODALITIES[spec.modality].item(content) for content in demo_files(spec.modality)[:_MOST_FILES]]
 
 
 def _texts() -> list[str]:

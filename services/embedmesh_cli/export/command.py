@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from enum import StrEnum
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from embedmesh_cli.pull.command import say_how_to_serve
 from embedmesh_cli.pull.options import (
     CacheDir,
     Endpoint,
+    Kinds,
     MaxUnits,
     Name,
     Normalize,
@@ -22,8 +23,8 @@ from embedmesh_cli.pull.options import (
     PoolingWays,
     Replace,
     Source,
+    read_wishes,
 )
-from embedmesh_encoder.pooling import Pooling
 
 __all__ = ["export"]
 
@@ -63,6 +64,7 @@ def export(
         ),
     ] = None,
     pooling: PoolingWays = None,
+    kinds: Kinds = None,
     normalize: Normalize = None,
     max_units: MaxUnits = None,
     library_code: Annotated[
@@ -88,12 +90,11 @@ def export(
     depths = _numbers("--layers", layers, least=1) or (0,)
     # Slow to import, and only this command needs them.
     from embedmesh_cli.export.make import export_models  # noqa: PLC0415
-    from embedmesh_cli.pull.recipe import Wishes  # noqa: PLC0415
     from embedmesh_cli.pull.repository import open_repository  # noqa: PLC0415
 
     console = plain_console()
     repository = open_repository(source, endpoint=endpoint, cache=cache_dir, offline=offline)
-    wishes = Wishes(None, tuple(cast("list[Pooling]", pooling or [])), normalize, max_units)
+    wishes = read_wishes(pooling=pooling, normalize=normalize, max_units=max_units, kinds=kinds)
     specs = []
     for kept in depths:
         choice = Layers(kept, averaged)

@@ -33,10 +33,10 @@ class Plan:
     Attributes:
         file: Its name in the repository.
         what: For people.
-        module: Of torch; takes the inputs in order, and gives one array.
+        module: Of torch; takes the inputs in order, and gives one array, or as many as there are outputs.
         inputs: Arrays to trace with, by name.
-        output: Name of the output.
-        axes: Of the inputs and the output, by name: names of those that are of any size, "" for others; trailing
+        outputs: Names of the outputs.
+        axes: Of the inputs and the outputs, by name: names of those that are of any size, "" for others; trailing
             ones may be left out.
     """
 
@@ -44,7 +44,7 @@ class Plan:
     what: str
     module: Any
     inputs: Mapping[str, Any]
-    output: str
+    outputs: Sequence[str]
     axes: Mapping[str, Sequence[str]]
 
 
@@ -78,13 +78,14 @@ def write_graph(plan: Plan, folder: Path) -> None:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the tracer, about what vectors will tell
-            sizes = plan.module(*plan.inputs.values()).shape
+            given = plan.module(*plan.inputs.values())
+            sizes = [array.shape for array in ([given] if isinstance(given, torch.Tensor) else given)]
             torch.onnx.export(
                 plan.module,
                 tuple(plan.inputs.values()),
                 str(traced / "model.onnx"),
                 input_names=list(plan.inputs),
-                output_names=[plan.output],
+                output_names=list(plan.outputs),
                 dynamic_axes={
                     name: {at: axis for at, axis in enumerate(axes) if axis} for name, axes in plan.axes.items()
                 },
@@ -95,7 +96,8 @@ def write_graph(plan: Plan, folder: Path) -> None:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"torch cannot export {plan.what} ({type(error).__name__}: {line}).") from None
     model = onnx.load(str(traced / "model.onnx"))
-    _name_sizes(model.graph.output[0], sizes, plan.axes[plan.output])
+    for port, size in zip(model.graph.output, sizes, strict=True):
+        _name_sizes(port, size, plan.axes[port.name])
     large = sum(len(weight.raw_data) for weight in model.graph.initializer) > _LARGE
     onnx.save(model, str(path), save_as_external_data=large, location=f"{path.name}_data")
     shutil.rmtree(traced)

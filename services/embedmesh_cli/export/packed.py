@@ -19,6 +19,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # type: ignore[import-not-found]
 
 from embedmesh_cli.export.graph import Plan
+from embedmesh_cli.export.heads import TokenHeads
 from embedmesh_cli.export.weights import Loaded
 from embedmesh_encoder.pooling import Pooling
 
@@ -41,24 +42,35 @@ _FAR: Final = -1e9
 _MPNET_DISTANCE: Final = 128
 
 
-def plan_packed(loaded: Loaded, pooling: Sequence[Pooling], head: Callable[[Any], Any]) -> Plan:
-    """Plan the graph of a model of one of `FAMILIES`, whose attention is eager; `head` follows pooling."""
+def plan_packed(loaded: Loaded, pooling: Sequence[Pooling], head: Callable[[Any], Any], heads: TokenHeads) -> Plan:
+    """Plan the graph of a model of one of `FAMILIES`, whose attention is eager.
+
+    Args:
+        loaded: The model.
+        pooling: Ways to a dense vector; none where that is not wanted.
+        head: What follows pooling.
+        heads: What else follows the tokens.
+    """
     # Three texts in two rows, with padding.
     inputs = {
         "input_ids": torch.arange(5, 19).reshape(2, 7),
         "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 0]]),
         "segment_ids": torch.tensor([[0, 0, 0, 1, 1, -1, -1], [2, 2, 2, 2, 2, 2, -1]]),
     }
-    axes = {**dict.fromkeys(inputs, ("rows", "width")), _OUTPUT: ("texts",)}
-    module = _PackedEncoder(loaded.model, loaded.kind, pooling, head)
-    return Plan("onnx/model.onnx", f"{loaded.title}, packed", module, inputs, _OUTPUT, axes)
+    axes = {**dict.fromkeys((*inputs, *heads.names), ("rows", "width")), _OUTPUT: ("texts",)}
+    module = _PackedEncoder(loaded.model, loaded.kind, pooling, head, heads)
+    outputs = [*([_OUTPUT] if pooling else []), *heads.names]
+    return Plan("onnx/model.onnx", f"{loaded.title}, packed", module, inputs, outputs, axes)
 
 
 class _PackedEncoder(torch.nn.Module):
-    """A model with packed inputs, int64 [rows, width], and one pooled vector a text."""
+    """A model with packed inputs, int64 [rows, width], one pooled vector a text, and what else its tokens give."""
 
-    def __init__(self, model: Any, kind: str, pooling: Sequence[Pooling], head: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, model: Any, kind: str, pooling: Sequence[Pooling], head: Callable[[Any], Any], heads: TokenHeads
+    ) -> None:
         super().__init__()
+        self.heads = heads
         self.model = model
         self.head = head
         self._kind = kind
@@ -66,8 +78,8 @@ class _PackedEncoder(torch.nn.Module):
         self._biases = tuple(_biases(model, kind))
         self._takes = inspect.signature(model.forward).parameters
 
-    def forward(self, input_ids: Any, position_ids: Any, segment_ids: Any) -> Any:
-        """Give float32 [texts, d], where texts is the largest segment id plus one."""
+    def forward(self, input_ids: Any, position_ids: Any, segment_ids: Any) -> tuple[Any, ...]:
+        """Give float32 [texts, d], where texts is the largest segment id plus one, and [rows, width, ...] of tokens."""
         places = _late(input_ids, position_ids, self.model) if self._kind in _LATE else position_ids
         arguments = {
             "position_ids": places,
@@ -79,7 +91,10 @@ class _PackedEncoder(torch.nn.Module):
         arguments = {name: value for name, value in arguments.items() if name in self._takes}
         with _masks(position_ids, segment_ids), _relative(self._biases, position_ids):
             hidden = self.model(input_ids=input_ids, **arguments).last_hidden_state
-        return self.head(_pool(self._pooling, hidden, position_ids, segment_ids))
+        others = tuple(self.heads(hidden))
+        if not self._pooling:
+            return others
+        return (self.head(_pool(self._pooling, hidden, position_ids, segment_ids)), *others)
 
 
 @contextmanager

@@ -8,13 +8,13 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from embedmesh_cli.console import USAGE, UserError
 from embedmesh_cli.export.check import Reference
 from embedmesh_cli.export.graph import Output, Plan
 from embedmesh_cli.export.weights import Loaded
+from embedmesh_cli.likeness import Vectors
 from embedmesh_cli.pull.recipe import Wishes
 from embedmesh_cli.pull.repository import Repository
 from embedmesh_encoder.modalities import default_preparer
@@ -102,19 +102,19 @@ def plan_towers(repository: Repository, loaded: Loaded, wishes: Wishes) -> dict[
         axes = {**{each: tower.inputs[each] for each in inputs}, name: ("n",) if tower.name else ("n", "parts")}
         file = f"onnx/{_FILES[modality] if len(towers) > 1 else 'model'}.onnx"
         module = Output(loaded.model, inputs, tower.output, tower.method)
-        plans[modality] = Plan(file, f"the {modality} tower of {loaded.title}", module, inputs, name, axes)
+        plans[modality] = Plan(file, f"the {modality} tower of {loaded.title}", module, inputs, [name], axes)
     return plans
 
 
 def of_tower(plan: Plan) -> Reference:
     """Give what embeds one prepared input by torch, alone."""
 
-    def embed(spec: ModelSpec, prepared: Prepared) -> NDArray[np.float32]:
+    def embed(spec: ModelSpec, prepared: Prepared) -> Vectors:
         preparer = default_preparer(spec)
         feeds = preparer.collate([prepared])
         with torch.no_grad():
             output = plan.module(*(torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in plan.inputs))
-        return preparer.split({plan.output: output.numpy()}, [prepared])
+        return Vectors(preparer.split({plan.outputs[0]: output.numpy()}, [prepared]))
 
     return embed
 

@@ -48,7 +48,9 @@ class Loaded:
         return f"a {self.kind} of {count / 1e6:.1f} M parameters{cut}"
 
 
-def load_model(repository: Repository, prefix: str, layers: Layers, *, library_code: bool) -> Loaded:
+def load_model(
+    repository: Repository, prefix: str, layers: Layers, *, library_code: bool, masked: bool = False
+) -> Loaded:
     """Load the model whose files lie below `prefix`.
 
     Args:
@@ -56,6 +58,7 @@ def load_model(repository: Repository, prefix: str, layers: Layers, *, library_c
         prefix: Its folder there, with a slash; "" for the repository's own.
         layers: Which of its layers to take.
         library_code: Take the library's implementation though the repository brings its own.
+        masked: Take it with the head that gives logits of masked tokens.
 
     Raises:
         UserError: It has no safetensors or no such layers, is incomplete, needs code of its own, or cannot give the
@@ -68,7 +71,7 @@ def load_model(repository: Repository, prefix: str, layers: Layers, *, library_c
     folder = repository.fetch([f"{prefix}config.json", *files]) / prefix
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    loader = getattr(transformers, _ENCODERS.get(kind, "AutoModel"))
+    loader = getattr(transformers, "AutoModelForMaskedLM" if masked else _ENCODERS.get(kind, "AutoModel"))
     try:
         model, found = loader.from_pretrained(
             folder,
@@ -83,7 +86,8 @@ def load_model(repository: Repository, prefix: str, layers: Layers, *, library_c
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"transformers cannot load {repository.name}: {line.rstrip('.')}.") from None
     # The library would fill them with chance.
-    if missing := sorted(name for name in found["missing_keys"] if not name.startswith(_UNUSED)):
+    unused = _UNUSED[:1] if masked else _UNUSED
+    if missing := sorted(name for name in found["missing_keys"] if not name.startswith(unused)):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"the weights of {repository.name} are incomplete: {', '.join(missing[:3])}{more} are missing.")
     if not layers.suffix:

@@ -12,14 +12,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 from huggingface_hub import metadata_load
 from rich.console import Console
 
 from embedmesh_cli.console import USAGE, UserError
 from embedmesh_cli.home import models_home
 from embedmesh_cli.local import LocalModel
-from embedmesh_cli.pull.recipe import Wishes, find_towers
+from embedmesh_cli.pull.recipe import Pipeline, Wishes, find_towers
 from embedmesh_cli.pull.repository import Hub, Repository
 from embedmesh_encoder.modalities import MODALITIES
 from embedmesh_encoder.model import ModelError, ModelSpec, load_spec, write_manifest
@@ -42,6 +41,7 @@ def make_models(
     suffix: str = "",
     tables: Mapping[str, Any] | None = None,
     check: Callable[[ModelSpec], None] | None = None,
+    pipeline: Pipeline | None = None,
 ) -> list[ModelSpec]:
     """Make a model folder of each tower that a repository holds, and see that it embeds.
 
@@ -55,6 +55,7 @@ def make_models(
         weights: Files that tell the space, where it is not those that the models read.
         suffix: What more than these tells name and space, and the folder unless it is given.
         tables: More of the manifests.
+        pipeline: How its one text model works, where that is known.
         check: Sees to each model before its folder appears; what it raises ends it all.
 
     Raises:
@@ -67,7 +68,7 @@ def make_models(
         raise UserError(
             f'"{name}" cannot be the name of a model (letters, digits and . _ - /): give one with --name.', USAGE
         )
-    towers = find_towers(repository, wishes)
+    towers = find_towers(repository, wishes, pipeline)
     files = sorted({file for tower in towers for file in tower.files})
     identity = {
         "family": f"{name}{suffix}",
@@ -148,16 +149,18 @@ def _prove(spec: ModelSpec) -> None:
     model = LocalModel(spec)
     try:
         batch = next(model.batches(modality.warm(spec, modality.defaults(spec))[:1]))
-        vectors = model.embed(batch)
+        vectors = model.vectors(batch)
     except (UserError, ModelError):
         raise
     except Exception as error:  # noqa: BLE001  (a graph may fail in any way)
         raise ModelError(f'model "{spec.name}" is loaded but cannot embed: {error}') from None
     finally:
         model.close()
-    if vectors.shape != (1, spec.dimensions):
-        raise ModelError(f'model "{spec.name}" gives {vectors.shape[-1]} numbers, {spec.dimensions} were expected')
-    if not np.isfinite(vectors).all():
+    if vectors.dense is not None and vectors.dense.shape != (1, spec.dimensions):
+        raise ModelError(
+            f'model "{spec.name}" gives {vectors.dense.shape[-1]} numbers, {spec.dimensions} were expected'
+        )
+    if not vectors.finite().all():
         raise ModelError(f'model "{spec.name}" gives numbers that are not finite')
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Final, cast, get_args
 
 import typer
 
-from embedmesh_cli.console import USAGE, UserError
+from embedmesh_cli.console import USAGE, UserError, read_kinds
 from embedmesh_encoder.pooling import Pooling
+
+if TYPE_CHECKING:
+    from embedmesh_cli.pull.recipe import Wishes
 
 __all__ = [
     "CacheDir",
     "Endpoint",
+    "Kinds",
     "MaxUnits",
     "Name",
     "Normalize",
@@ -21,13 +26,36 @@ __all__ = [
     "PoolingWays",
     "Replace",
     "Source",
+    "read_wishes",
 ]
 
 
+_SPLADE: Final = "splade"
+
+
 def _ways(wanted: list[str] | None) -> list[str] | None:
-    if unknown := [way for way in wanted or () if way not in get_args(Pooling)]:
-        raise UserError(f"--pooling {unknown[0]} is none of {', '.join(get_args(Pooling))}.", USAGE)
+    known = (*get_args(Pooling), _SPLADE)
+    if unknown := [way for way in wanted or () if way not in known]:
+        raise UserError(f"--pooling {unknown[0]} is none of {', '.join(known)}.", USAGE)
+    if wanted and _SPLADE in wanted and len(wanted) > 1:
+        raise UserError("--pooling splade gives a sparse vector, which is joined with no other.", USAGE)
     return wanted
+
+
+def read_wishes(
+    *,
+    file: str | None = None,
+    pooling: Sequence[str] | None,
+    normalize: bool | None,
+    max_units: int | None,
+    kinds: str | None = None,
+) -> Wishes:
+    """Put options together."""
+    from embedmesh_cli.pull.recipe import Wishes  # noqa: PLC0415  (slow to import, and only few commands need it)
+
+    splade = pooling is not None and _SPLADE in pooling
+    ways = () if splade else tuple(cast("Sequence[Pooling]", pooling or ()))
+    return Wishes(file, ways, normalize, max_units, splade, read_kinds(kinds) if kinds else ())
 
 
 Source = Annotated[
@@ -54,8 +82,16 @@ PoolingWays = Annotated[
     typer.Option(
         metavar="WAY",
         help="For repositories that do not say how tokens become one vector: mean, cls, max, mean_sqrt_len, "
-        "weightedmean or last; repeat to join several.",
+        "weightedmean or last; repeat to join several. Or splade, for a sparse vector of a masked-language model.",
         callback=_ways,
+    ),
+]
+Kinds = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND[,...]",
+        help="Kinds of vector to make of one forward pass: dense, sparse, multi_vector; those that the repository has "
+        "heads for unless given. multi_vector without a head is the last hidden state of each token.",
     ),
 ]
 Normalize = Annotated[

@@ -12,20 +12,33 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal
 
 from tokenizers import Tokenizer
 
 from embedmesh_cli.console import FAILED, USAGE, UserError, command_name
+from embedmesh_cli.pull.colbert import Rows, is_late_interaction, is_stanford, named_token, read_rows
 from embedmesh_cli.pull.graph import Graph, read_graph
 from embedmesh_cli.pull.repository import Repository, read_json
+from embedmesh_cli.pull.static import STATIC_LONGEST
 from embedmesh_encoder.audio.features import AudioSpec
 from embedmesh_encoder.image.processor import ImageProcessor, ImageSpec
 from embedmesh_encoder.model import ModelError
 from embedmesh_encoder.pooling import Pooling
 
-__all__ = ["Pipeline", "Tower", "Wishes", "find_towers", "model_type", "read_pipeline"]
+__all__ = [
+    "COLBERT_HEAD", "LEXICAL_HEAD", "LEXICAL_OUTPUT", "ROWS_OUTPUT", "SPLADE_OUTPUT",
+    "Pipeline", "Splade", "Tower", "Wishes", "find_towers", "is_static", "model_type", "read_pipeline",
+]  # fmt: skip
+
+# Outputs of graphs that `embedmesh models export` makes, beside the dense vector's.
+SPLADE_OUTPUT: Final = "sparse_embedding"
+LEXICAL_OUTPUT: Final = "token_weights"
+ROWS_OUTPUT: Final = "token_vectors"
+# BGE-M3's heads, as its authors name them, in safetensors.
+LEXICAL_HEAD: Final = "sparse_linear.safetensors"
+COLBERT_HEAD: Final = "colbert_linear.safetensors"
 
 # Of sentence-transformers' Pooling, in the order in which older configurations join them.
 _POOLING: Final[Mapping[str, Pooling]] = {
@@ -64,6 +77,8 @@ _FOLDERS: Final = ("onnx/", "")
 _PACKED: Final = frozenset({"input_ids", "position_ids", "segment_ids"})
 _PIXELS: Final = "pixel_values"
 _SOUNDS: Final = ("input_features", "input_values")
+# PyLate's own class differs from the library's in nothing that is used here.
+_ALIASES: Final[Mapping[str, str]] = {"pylate.models.Dense.Dense": "sentence_transformers.models.Dense"}
 _INPUTS: Final = frozenset(
     {"input_ids", "attention_mask", "token_type_ids", "position_ids", _PIXELS, *_SOUNDS, "is_longer"}
 )
@@ -89,12 +104,29 @@ class Wishes:
         pooling: How tokens become one vector.
         normalize: Whether vectors are normalised.
         max_units: The longest input.
+        splade: Whether it is a masked-language model to be pooled as SPLADE does.
+        kinds: Kinds of vector to make, where that is not for the repository to say.
     """
 
     file: str | None = None
     pooling: tuple[Pooling, ...] = ()
     normalize: bool | None = None
     max_units: int | None = None
+    splade: bool = False
+    kinds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Splade:
+    """How the logits of a text's tokens become one sparse vector.
+
+    Attributes:
+        strategy: Whether the largest of a text's tokens counts, or their sum.
+        twice: Whether the logarithm is taken twice.
+    """
+
+    strategy: Literal["max", "sum"] = "max"
+    twice: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,32 +150,49 @@ class Tower:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """How the vectors of a text's tokens become one.
+    """How the vectors of a text's tokens become those of a text.
 
     Attributes:
         prefix: Folder of the transformer's files in the repository, with its slash; "" for the repository's own.
-        pooling: One way or several, joined.
+        pooling: One way or several, joined; none where no dense vector is made.
         layers: What follows, as in the manifest's head.
-        normalized: Whether vectors are normalised after that.
+        normalized: Whether dense vectors are normalised after that.
         width: That they are cut to in the end; 0 leaves them as they are.
+        include_prompt: Whether pooling counts the tokens of prompts.
+        splade: How its sparse vectors are made of logits.
+        lexical: File of the head that gives BGE-M3's weights of tokens.
+        rows: How its multi-vectors are made.
+        static: Whether tokens are rows of a table, of which the mean is taken.
+        notes: What its user should know.
     """
 
     prefix: str
     pooling: tuple[Pooling, ...]
-    layers: Sequence[Mapping[str, Any]]
-    normalized: bool
+    layers: Sequence[Mapping[str, Any]] = ()
+    normalized: bool = False
     width: int = 0
+    include_prompt: bool = True
+    splade: Splade | None = None
+    lexical: str = ""
+    rows: Rows | None = None
+    static: bool = False
+    notes: Sequence[str] = ()
 
 
-def find_towers(repository: Repository, wishes: Wishes) -> list[Tower]:
+def find_towers(repository: Repository, wishes: Wishes, pipeline: Pipeline | None = None) -> list[Tower]:
     """Find out what a repository holds.
+
+    Args:
+        repository: Where the files are.
+        wishes: What its caller says of it.
+        pipeline: How its one text model works, where that is known.
 
     Raises:
         UserError: Nothing that the encoder can serve exactly; the message says why, and what to do.
     """
     with _understood(repository):
-        if "modules.json" in repository.files:
-            return [_sentence_transformer(repository, wishes)]
+        if pipeline or "modules.json" in repository.files or wishes.splade or is_stanford(repository):
+            return [_text_tower(repository, pipeline or _pipeline(repository, wishes), wishes)]
         if wishes.file:
             return [_tower(repository, wishes.file, wishes)]
         found = [
@@ -155,6 +204,15 @@ def find_towers(repository: Repository, wishes: Wishes) -> list[Tower]:
         return [_tower(repository, _only_graph(repository, _FOLDERS), wishes)]
 
 
+def is_static(repository: Repository) -> bool:
+    """Tell whether a repository is a table of tokens, for which a graph is made at once."""
+    with _understood(repository):
+        kinds = (
+            [str(module.get("type")) for module in _modules(repository)] if "modules.json" in repository.files else []
+        )
+        return bool(kinds) and kinds[0].endswith(".StaticEmbedding")
+
+
 def read_pipeline(repository: Repository, wishes: Wishes) -> Pipeline:
     """Find out how a repository of one text model pools, and what follows.
 
@@ -162,13 +220,8 @@ def read_pipeline(repository: Repository, wishes: Wishes) -> Pipeline:
         UserError: It does what the encoder cannot; the message says what.
     """
     with _understood(repository):
-        if "modules.json" in repository.files:
-            pipeline = _pipeline(repository, wishes)
-        elif wishes.pooling:
-            pipeline = Pipeline("", wishes.pooling, (), bool(wishes.normalize))
-        else:
-            raise UserError(_no_pooling(repository), USAGE)
-        _text(repository, pipeline.prefix, wishes)  # raises before anything large is fetched
+        pipeline = _pipeline(repository, wishes)
+        _text(repository, pipeline, wishes)  # raises before anything large is fetched
         return pipeline
 
 
@@ -206,12 +259,55 @@ def _only_graph(repository: Repository, folders: Sequence[str]) -> str:
 # --- sentence-transformers ------------------------------------------------------------------------
 
 
-def _sentence_transformer(repository: Repository, wishes: Wishes) -> Tower:
-    pipeline = _pipeline(repository, wishes)
-    prefix, layers = pipeline.prefix, pipeline.layers
+def _text_tower(repository: Repository, pipeline: Pipeline, wishes: Wishes) -> Tower:
+    prefix = pipeline.prefix
     graph = _checked(repository, wishes.file or _only_graph(repository, [f"{prefix}onnx/", prefix, *_FOLDERS]), wishes)
-    text, limit, notes = _text(repository, prefix, wishes)
-    pooling = _short(pipeline.pooling)
+    text, limit, notes = _text(repository, pipeline, wishes)
+    tables: dict[str, Any] = {}
+    if pipeline.pooling:
+        tables = _dense(repository, graph, pipeline)
+    if sparse := _sparse(repository, graph, pipeline):
+        tables["sparse"] = sparse
+    if pipeline.rows and (rows := _rows(repository, graph, pipeline)):
+        tables["multi_vector"] = rows
+    kinds = [
+        kind for kind in ("dense", "sparse", "multi_vector") if ("dimensions" if kind == "dense" else kind) in tables
+    ]
+    left = [key for key, wanted in (("sparse", pipeline.lexical), ("multi_vector", pipeline.rows)) if wanted]
+    if missing := [kind for kind in left if kind not in kinds]:
+        notes = [
+            *notes,
+            f"{' and '.join(missing)}: not in this graph (`{command_name()} models export` makes one with all kinds)",
+        ]
+    head = tables.pop("head", None)
+    if head and head["layers"][-1]["kind"] == "cut":
+        notes = [*notes, f"vectors are cut to {pipeline.width} numbers (truncate_dim)"]
+    # Where there is no dense vector, the graph's own output is what the only kind is made of.
+    output = tables.pop("output", "") or next(tables[kind]["output"] for kind in kinds)
+    manifest: dict[str, Any] = {
+        "modality": "text",
+        **{key: tables[key] for key in ("dimensions", "truncatable_dimensions", "normalized") if key in tables},
+        "max_input_units": limit,
+        "precision": graph.precision,
+        "graph": _graph_table(graph, "text", output, tables.pop("pooling", "graph")),
+        "text": text,
+        **({"head": head} if head else {}),
+        **{key: tables[key] for key in ("sparse", "multi_vector") if key in tables},
+    }
+    if kinds != ["dense"]:
+        manifest["kinds"] = kinds
+    files = [
+        *graph.files,
+        text["tokenizer"],
+        *(layer["file"] for layer in (head or {"layers": ()})["layers"] if "file" in layer),
+    ]
+    return Tower(graph, "text", manifest, files, [*notes, *pipeline.notes])
+
+
+def _dense(repository: Repository, graph: Graph, pipeline: Pipeline) -> dict[str, Any]:
+    """Say how a graph's outputs become a dense vector: keys and tables of the manifest, the graph's two apart."""
+    prefix, layers = pipeline.prefix, pipeline.layers
+    pooling: str | list[Pooling] = _short(pipeline.pooling)
     output = _token_output(graph)
     if output:
         width = _width(repository, graph, output, prefix)
@@ -222,28 +318,80 @@ def _sentence_transformer(repository: Repository, wishes: Wishes) -> Tower:
         dimensions = _last(repository, graph, output, shape)
     else:
         raise UserError(_no_output(repository, graph))
-    cut = _cut(pipeline, dimensions)
-    layers = [*layers, *cut]
-    if cut:
-        dimensions = pipeline.width
-        notes = [*notes, f"vectors are cut to {dimensions} numbers (truncate_dim)"]
-    manifest = {
-        "modality": "text",
+    if pooling == "graph" and not pipeline.include_prompt:
+        raise UserError(
+            f"{repository.name} leaves prompts out of its pooling (include_prompt), but {graph.file} pools by itself: "
+            f"`{command_name()} models export` makes a graph that does not."
+        )
+    if cut := _cut(pipeline, dimensions):
+        layers, dimensions = [*layers, *cut], pipeline.width
+    return {
         "dimensions": dimensions,
         **_matryoshka(repository, prefix, dimensions),
         "normalized": pipeline.normalized and not cut,
-        "max_input_units": limit,
-        "precision": graph.precision,
-        "graph": _graph_table(graph, "text", output, pooling),
-        "text": text,
+        "output": output,
+        "pooling": pooling,
         **({"head": {"layers": layers}} if layers else {}),
     }
-    files = [*graph.files, text["tokenizer"], *(layer["file"] for layer in layers if "file" in layer)]
-    return Tower(graph, "text", manifest, files, notes)
+
+
+def _sparse(repository: Repository, graph: Graph, pipeline: Pipeline) -> dict[str, Any]:
+    """Give the manifest's table of the sparse vector; an empty one if the graph makes none."""
+    if pipeline.splade:
+        output = next((name for name in (SPLADE_OUTPUT, "logits") if name in graph.outputs), "")
+        pooled = output == SPLADE_OUTPUT
+        if not output or (not pooled and pipeline.splade != Splade()):
+            raise UserError(
+                f"{graph.file} of {repository.name} gives {', '.join(graph.outputs)}, from which its sparse vectors "
+                f"cannot be made here: `{command_name()} models export` makes a graph from which they can."
+            )
+        shape = graph.outputs[output]
+        width = shape[-1] if shape and shape[-1] else _config(repository, pipeline.prefix).get("vocab_size")
+        if not isinstance(width, int):
+            raise UserError(f"neither {graph.file} nor config.json of {repository.name} says how many tokens it knows.")
+        return {"output": output, "pooling": "graph" if pooled else "max", "dimensions": width}
+    if pipeline.lexical and LEXICAL_OUTPUT in graph.outputs:
+        return {
+            "output": LEXICAL_OUTPUT,
+            "pooling": "tokens",
+            "dimensions": _config(repository, pipeline.prefix)["vocab_size"],
+            "skip_tokens": _special_ids(repository, pipeline.prefix),
+        }
+    return {}
+
+
+def _special_ids(repository: Repository, prefix: str) -> list[int]:
+    """Give the tokens that BGE-M3 gives no weight."""
+    tokenizer = _tokenizer(repository, prefix)[1]
+    named = (named_token(repository, prefix, f"{name}_token") for name in ("cls", "eos", "pad", "unk"))
+    ids = {tokenizer.token_to_id(token) for token in named if token}
+    return sorted(number for number in ids if number is not None)
+
+
+def _rows(repository: Repository, graph: Graph, pipeline: Pipeline) -> dict[str, Any]:
+    """Give the manifest's table of the multi-vector; an empty one if the graph makes none."""
+    rows = pipeline.rows
+    assert rows  # noqa: S101  (the caller looked)
+    plain = "" if rows.layers or _is_packed(graph) else _token_output(graph)
+    output = ROWS_OUTPUT if ROWS_OUTPUT in graph.outputs else plain
+    if not output:
+        if pipeline.pooling:
+            return {}
+        raise UserError(
+            f"{graph.file} of {repository.name} gives {', '.join(graph.outputs)}, which are not its rows: "
+            f"`{command_name()} models export` makes a graph with them."
+        )
+    width = _width(repository, graph, output, pipeline.prefix)
+    said = rows.layers[-1].get("outputs", width) if rows.layers else width
+    if said != width:
+        raise UserError(f"{graph.file} of {repository.name} has rows of {width} numbers, its modules of {said}.")
+    return {"output": output, "dimensions": width, **rows.table}
 
 
 def _pipeline(repository: Repository, wishes: Wishes) -> Pipeline:
-    if wishes.pooling or wishes.normalize is not None:
+    if "modules.json" not in repository.files:
+        return _plain(repository, wishes)
+    if wishes.pooling or wishes.splade or wishes.normalize is not None:
         raise UserError(
             f"modules.json of {repository.name} says how it pools and whether it normalises: leave --pooling and "
             "--normalize out.",
@@ -251,17 +399,36 @@ def _pipeline(repository: Repository, wishes: Wishes) -> Pipeline:
         )
     modules = [(_class_name(repository, module), str(module.get("path", ""))) for module in _modules(repository)]
     kinds = [kind for kind, _ in modules]
+    prefix = f"{modules[0][1]}/" if modules and modules[0][1] else ""
+    if kinds in (["StaticEmbedding"], ["StaticEmbedding", "Normalize"]):
+        return Pipeline(prefix, ("mean",), normalized=len(kinds) == 2, width=_final_width(repository), static=True)
+    if kinds in (["MLMTransformer", "SpladePooling"], ["Transformer", "SpladePooling"]):
+        return _wanted(repository, Pipeline(prefix, (), splade=_splade(repository, modules[1][1])), wishes)
+    if kinds[:1] == ["Transformer"] and is_late_interaction(repository, kinds):
+
+        def layer(path: str) -> dict[str, Any]:
+            return _layer(repository, "Dense", path, place="token_embeddings")
+
+        rows = read_rows(repository, prefix, modules[1:], layer)
+        return _wanted(repository, Pipeline(prefix, (), rows=rows), wishes)
     if kinds[:2] != ["Transformer", "Pooling"]:
         raise UserError(
             f"{repository.name} is made of {', '.join(kinds) or 'nothing'}: the encoder serves Transformer, "
-            "Pooling and what may follow them (Dense, LayerNorm, Normalize)."
+            "Pooling and what may follow them (Dense, LayerNorm, Normalize), SpladePooling, ColBERT's modules, and "
+            "StaticEmbedding with Normalize."
         )
     layers, normalized = _head(repository, modules[2:])
-    prefix = f"{path}/" if (path := modules[0][1]) else ""
+    ways, include_prompt = _ways(repository, modules[1][1])
+    width = _final_width(repository)
+    return _wanted(repository, Pipeline(prefix, ways, layers, normalized, width, include_prompt), wishes)
+
+
+def _final_width(repository: Repository) -> int:
+    """Read how many numbers vectors are cut to; 0 where they are not."""
     width = read_json(repository, "config_sentence_transformers.json").get("truncate_dim") or 0
     if type(width) is not int or width < 0:
         raise UserError(f"{repository.name} cuts its vectors to {json.dumps(width)} numbers, which is no width.")
-    return Pipeline(prefix, _ways(repository, modules[1][1]), layers, normalized, width)
+    return width
 
 
 def _cut(pipeline: Pipeline, dimensions: int) -> list[dict[str, Any]]:
@@ -270,6 +437,73 @@ def _cut(pipeline: Pipeline, dimensions: int) -> list[dict[str, Any]]:
         return []
     first = [{"kind": "normalize", "inputs": dimensions, "outputs": dimensions}] if pipeline.normalized else []
     return [*first, {"kind": "cut", "inputs": dimensions, "outputs": pipeline.width}]
+
+
+def _plain(repository: Repository, wishes: Wishes) -> Pipeline:
+    """Read a repository without modules: its caller says what they would, unless it is in Stanford's layout."""
+    if wishes.splade:
+        return _wanted(repository, Pipeline("", (), splade=Splade()), wishes)
+    if is_stanford(repository):
+        return _wanted(
+            repository, Pipeline("", (), rows=read_rows(repository, "", [("Dense", "")], _projection)), wishes
+        )
+    if not wishes.pooling:
+        raise UserError(_no_pooling(repository), USAGE)
+    return _wanted(repository, Pipeline("", wishes.pooling, normalized=bool(wishes.normalize)), wishes)
+
+
+def _wanted(repository: Repository, pipeline: Pipeline, wishes: Wishes) -> Pipeline:
+    """Add what BGE-M3 has beside its modules, or a caller wants of plain tokens; leave out what nobody wants."""
+    name = repository.name
+    if not pipeline.pooling:
+        own = "sparse" if pipeline.splade else "multi_vector"
+        if wishes.kinds not in ((), (own,)):
+            raise UserError(f"{name} makes {own} vectors only: leave --kinds out.", USAGE)
+        if width := _final_width(repository):
+            raise UserError(f"{name} cuts its {own} vectors to {width} numbers, which the encoder cannot.")
+        return pipeline
+    heads = {"sparse": LEXICAL_HEAD, "multi_vector": COLBERT_HEAD}
+    found = [kind for kind, head in heads.items() if head in repository.files]
+    pickles = {kind: head.replace(".safetensors", ".pt") for kind, head in heads.items() if kind not in found}
+    pickles = {kind: file for kind, file in pickles.items() if file in repository.files}
+    kinds = wishes.kinds or ("dense", *found)
+    if files := [file for kind, file in pickles.items() if kind in kinds]:
+        raise UserError(f"{name} has {' and '.join(files)} as pickles only, which are never loaded: {_CONVERT}.", USAGE)
+    if "sparse" in kinds and "sparse" not in found:
+        raise UserError(f"{name} has no {LEXICAL_HEAD}, which gives tokens their weights: leave sparse out.", USAGE)
+    rows = None
+    if "multi_vector" in kinds:
+        rows = _COLBERT if "multi_vector" in found else _STATES
+    notes = [f"left out: {' and '.join(pickles.values())}, pickles, which are never loaded: {_CONVERT}"]
+    return replace(
+        pipeline,
+        pooling=pipeline.pooling if "dense" in kinds else (),
+        lexical=LEXICAL_HEAD if "sparse" in kinds else "",
+        rows=rows,
+        notes=notes if pickles and not wishes.kinds else (),
+    )
+
+
+# BGE-M3's, whose first row, that of the token for classification, is left to the dense vector.
+_COLBERT: Final = Rows(({"kind": "dense", "file": COLBERT_HEAD},), {"skip_first": 1})
+# What a token is after the last layer, for systems that take it further.
+_STATES: Final = Rows(table={"normalized": False})
+_CONVERT: Final = (
+    "where you trust them, safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW) makes the same "
+    "with .safetensors, to be put beside the other files in a folder"
+)
+
+
+def _splade(repository: Repository, path: str) -> Splade:
+    config = read_json(repository, f"{path}/config.json", needed=True)
+    if limit := read_json(repository, "config_sentence_transformers.json").get("max_active_dims"):
+        raise UserError(f"{repository.name} keeps the {limit} largest weights only, which the encoder cannot.")
+    strategy, activation = config.get("pooling_strategy", "max"), config.get("activation_function", "relu")
+    if strategy not in ("max", "sum") or activation not in ("relu", "log1p_relu"):
+        raise UserError(
+            f"{repository.name} pools by {strategy} of {activation}, which is no SPLADE that the encoder knows."
+        )
+    return Splade(strategy, activation == "log1p_relu")
 
 
 def _modules(repository: Repository) -> list[dict[str, Any]]:
@@ -285,25 +519,22 @@ def _modules(repository: Repository) -> list[dict[str, Any]]:
 
 
 def _class_name(repository: Repository, module: Mapping[str, Any]) -> str:
-    kind = str(module.get("type"))
+    kind = _ALIASES.get(found := str(module.get("type")), found)
     if not kind.startswith("sentence_transformers."):
         raise UserError(f"{repository.name} needs code of its own ({kind}), which never runs here.")
     return kind.rpartition(".")[2]
 
 
-def _ways(repository: Repository, path: str) -> tuple[Pooling, ...]:
+def _ways(repository: Repository, path: str) -> tuple[tuple[Pooling, ...], bool]:
+    """Read ways of pooling, and whether prompts are pooled."""
     config = read_json(repository, f"{path}/config.json", needed=True)
-    if config.get("include_prompt") is False:
-        raise UserError(
-            f"{repository.name} leaves prompts out of its pooling (include_prompt), which the encoder cannot."
-        )
     ways = config.get("pooling_mode")
     if ways is None:
         ways = [way for flag, way in _POOLING_FLAGS.items() if config.get(flag)] or ["mean"]
     ways = [ways] if isinstance(ways, str) else ways
     if unknown := [way for way in ways if way not in _POOLING]:
         raise UserError(f"{repository.name} pools by {', '.join(map(str, unknown))}, which the encoder does not know.")
-    return tuple(_POOLING[way] for way in ways)
+    return tuple(_POOLING[way] for way in ways), config.get("include_prompt") is not False
 
 
 def _head(repository: Repository, modules: Sequence[tuple[str, str]]) -> tuple[list[dict[str, Any]], bool]:
@@ -324,7 +555,7 @@ def _head(repository: Repository, modules: Sequence[tuple[str, str]]) -> tuple[l
     return layers, normalized
 
 
-def _layer(repository: Repository, kind: str, path: str) -> dict[str, Any]:
+def _layer(repository: Repository, kind: str, path: str, place: str = "sentence_embedding") -> dict[str, Any]:
     config = read_json(repository, f"{path}/config.json", needed=True)
     file = f"{path}/model.safetensors"
     if file not in repository.files:
@@ -337,8 +568,8 @@ def _layer(repository: Repository, kind: str, path: str) -> dict[str, Any]:
         return {"kind": "layer_norm", "file": file, "inputs": width, "outputs": width}
     sizes = {"inputs": int(config["in_features"]), "outputs": int(config["out_features"])}
     name = config.get("activation_function", "torch.nn.modules.activation.Tanh")
-    places = {config.get(key) or "sentence_embedding" for key in ("module_input_name", "module_output_name")}
-    if name not in _ACTIVATIONS or config.get("use_residual") or places != {"sentence_embedding"}:
+    places = {config.get(key) or place for key in ("module_input_name", "module_output_name")}
+    if name not in _ACTIVATIONS or config.get("use_residual") or places != {place}:
         raise UserError(
             f"{path} of {repository.name} is a Dense that the encoder does not know (activation {name}, from and to "
             f"{', '.join(sorted(places))}{', residual' if config.get('use_residual') else ''})."
@@ -392,10 +623,17 @@ def _token_output(graph: Graph) -> str:
     return ""
 
 
+def _projection(path: str) -> dict[str, Any]:
+    """Describe Stanford's projection, which lies among the weights."""
+    del path
+    return {"kind": "dense", "file": ""}
+
+
 def _no_pooling(repository: Repository) -> str:
     return (
         f"{repository.name} does not say how the vectors of tokens become one (it has no modules.json): see its model "
-        "card, and name it with --pooling mean, cls or last, and --normalize if vectors are normalised."
+        "card, and name it with --pooling mean, cls or last (splade for sparse vectors), and --normalize if vectors "
+        "are normalised."
     )
 
 
@@ -443,7 +681,7 @@ def _tower(repository: Repository, file: str, wishes: Wishes) -> Tower:
     output, pooling, width = _output(repository, graph, wishes)
     notes: list[str] = []
     if modality == "text":
-        table, limit, notes = _text(repository, "", wishes)
+        table, limit, notes = _text(repository, Pipeline("", wishes.pooling), wishes)
         if model_type(repository) == "siglip":
             table["pad"] = "max_input_units"  # it was trained on padding, and told of no mask
         asset = table["tokenizer"]
@@ -494,8 +732,47 @@ def model_type(repository: Repository) -> str:
     return "siglip" if kind.startswith("siglip") else kind.removesuffix("_model").split("_vision")[0].split("_text")[0]
 
 
-def _text(repository: Repository, prefix: str, wishes: Wishes) -> tuple[dict[str, Any], int, list[str]]:
+def _text(repository: Repository, pipeline: Pipeline, wishes: Wishes) -> tuple[dict[str, Any], int, list[str]]:
     """Read how text becomes tokens: the manifest's table, the longest input, and what to know of prompts."""
+    prefix = pipeline.prefix
+    file, tokenizer, content = _tokenizer(repository, prefix)
+    if pipeline.static:
+        prompts, notes = _prompts(repository)
+        table = {"tokenizer": file, "add_special_tokens": False, **({"prompts": prompts} if prompts else {})}
+        # The library reads what the tokenizer leaves, which may cut.
+        limit = (tokenizer.truncation or {}).get("max_length", STATIC_LONGEST)
+        return table, min(wishes.max_units or limit, limit), notes
+    settings: dict[str, Any] = {}
+    for name in _TRANSFORMER_CONFIGS:
+        settings = settings or read_json(repository, f"{prefix}{name}")
+    if settings.get("do_lower_case") and not _lowers(json.loads(content).get("normalizer")):
+        raise UserError(
+            f"{repository.name} lowers the case of texts outside of its tokenizer, which the encoder does not."
+        )
+    task = settings.get("transformer_task", "fill-mask" if pipeline.splade else "feature-extraction")
+    if task != ("fill-mask" if pipeline.splade else "feature-extraction"):
+        raise UserError(f"{repository.name} uses its Transformer for {task}, the encoder for feature-extraction only.")
+    pad_id = _pad_id(repository, prefix, tokenizer)
+    prompts, notes = _prompts(repository)
+    rows = pipeline.rows
+    if rows and rows.limit:
+        settings = {**settings, "max_seq_length": rows.limit}
+    limit = _longest(repository, prefix, settings, wishes, pad_id)
+    table = {"tokenizer": file, "pad_id": pad_id, **({"prompts": prompts} if prompts else {})}
+    if not pipeline.include_prompt:
+        table["include_prompt"] = False
+    if rows:
+        table |= rows.text
+        if (queries := rows.table.get("query_length", rows.table.get("expand_to", 0))) > limit:
+            raise UserError(
+                f"{repository.name} has queries of {queries} tokens, but reads {limit}: it cannot be served as it is."
+            )
+        notes = [*notes, *rows.notes]
+    return table, limit, notes
+
+
+def _tokenizer(repository: Repository, prefix: str) -> tuple[str, Tokenizer, str]:
+    """Read the tokenizer: its file, itself, and the file's content."""
     file = next((f"{at}tokenizer.json" for at in (prefix, "") if f"{at}tokenizer.json" in repository.files), None)
     if file is None:
         raise UserError(
@@ -508,20 +785,7 @@ def _text(repository: Repository, prefix: str, wishes: Wishes) -> tuple[dict[str
         tokenizer = Tokenizer.from_str(content)
     except Exception as error:  # noqa: BLE001  (it is what the library raises)
         raise UserError(f"{file} of {repository.name} is not a tokenizer: {error}.") from None
-    settings: dict[str, Any] = {}
-    for name in _TRANSFORMER_CONFIGS:
-        settings = settings or read_json(repository, f"{prefix}{name}")
-    if settings.get("do_lower_case") and not _lowers(json.loads(content).get("normalizer")):
-        raise UserError(
-            f"{repository.name} lowers the case of texts outside of its tokenizer, which the encoder does not."
-        )
-    task = settings.get("transformer_task", "feature-extraction")
-    if task != "feature-extraction":
-        raise UserError(f"{repository.name} uses its Transformer for {task}, the encoder for feature-extraction only.")
-    pad_id = _pad_id(repository, prefix, tokenizer)
-    prompts, notes = _prompts(repository)
-    limit = _longest(repository, prefix, settings, wishes, pad_id)
-    return {"tokenizer": file, "pad_id": pad_id, **({"prompts": prompts} if prompts else {})}, limit, notes
+    return file, tokenizer, content
 
 
 def _lowers(normalizer: Any) -> bool:

@@ -7,29 +7,26 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, Protocol
+from typing import Annotated, Any, Final, Protocol, cast
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 
+from embedmesh._plan import KindName
 from embedmesh.client import Client
-from embedmesh.errors import EmbedErrors, EmbedMeshError
+from embedmesh.errors import EmbedMeshError
 from embedmesh.inputs import Audio, Image, Role
 from embedmesh.v1 import text_pb2
 from embedmesh_cli.connection import credentials
 from embedmesh_cli.console import FAILED, USAGE, UserError, explain, explained, plain_console
 from embedmesh_cli.home import find_model
+from embedmesh_cli.likeness import LEAST_COSINE, MOST_APART, Likeness, Vectors, compare, join
 from embedmesh_cli.local import LocalModel, contents, demo_files, demo_texts
 from embedmesh_cli.verify.reference import Reference, load_reference
 from embedmesh_encoder.model import ModelError, ModelSpec, verify_files
 
 __all__ = ["verify"]
 
-Float32 = NDArray[np.float32]
-
-# Of the elements of a float32 vector, alone and in company; other precisions promise less.
-_COMPANY: Final = 1e-5
 _NORMS: Final = 1e-3
 _SHOWN: Final = 60
 _SECONDS: Final = 600.0
@@ -53,8 +50,8 @@ class _Subject(Protocol):
 
     revision: str
 
-    def embed(self, items: Sequence[Any], role: str, *, alone: bool) -> Float32:
-        """Embed texts or contents of files, together or one by one: float32 [n, dimensions]."""
+    def embed(self, items: Sequence[Any], role: str, *, alone: bool) -> Vectors:
+        """Embed texts or contents of files, together or one by one."""
 
     def close(self) -> None:
         """Let it go."""
@@ -71,16 +68,14 @@ class _Local:
         self._make = MODALITIES[spec.modality].item
         self._model = LocalModel(spec)
 
-    def embed(self, items: Sequence[Any], role: str, *, alone: bool) -> Float32:
+    def embed(self, items: Sequence[Any], role: str, *, alone: bool) -> Vectors:
         made = [self._make(item) for item in items]
         if self._spec.modality == "text":
             from embedmesh_encoder.text import TextItem  # noqa: PLC0415
 
             made = [TextItem(item, _ROLES[role]) for item in items]
         groups = [[item] for item in made] if alone else [made]
-        return np.concatenate(
-            [self._model.embed(batch, unit=False) for group in groups for batch in self._model.batches(group)]
-        )
+        return join([self._model.vectors(batch) for group in groups for batch in self._model.batches(group)])
 
     def close(self) -> None:
         self._model.close()
@@ -95,24 +90,34 @@ class _Served:
         self._client = Client(address, **credentials())
         self.revision = ""
 
-    def embed(self, items: Sequence[Any], role: str, *, alone: bool) -> Float32:
+    def embed(self, items: Sequence[Any], role: str, *, alone: bool) -> Vectors:
         wrap = {"text": str, "image": Image, "audio": Audio}[self._spec.modality]
         inputs = [wrap(item) for item in items]
         groups = [[each] for each in inputs] if alone else [inputs]
+        kinds = cast("tuple[KindName, ...]", self._spec.kind_names)
         try:
             answers = [
                 self._client.embed(
-                    group, model=self._spec.name, role=_SERVED_ROLES[role], cache="bypass", timeout=_SECONDS
+                    group,
+                    model=self._spec.name,
+                    role=_SERVED_ROLES[role],
+                    kinds=kinds,
+                    cache="bypass",
+                    timeout=_SECONDS,
                 )
                 for group in groups
             ]
-            vectors = np.concatenate([answer.vectors for answer in answers])
-        except EmbedErrors as errors:
-            raise UserError(f"{self._address} could not embed some of the samples: {errors}.") from None
         except EmbedMeshError as error:
             raise explain(error, self._address) from None
+        results = [result for answer in answers for result in answer.results]
+        if failed := next((result.error for result in results if result.error), None):
+            raise UserError(f"{self._address} could not embed some of the samples: {failed}.")
         self.revision = answers[0].models[0].revision
-        return vectors
+        return Vectors(
+            np.array([result.vector for result in results]) if "dense" in kinds else None,
+            [(result.sparse.indices, result.sparse.values) for result in results] if "sparse" in kinds else None,
+            [result.multi_vector for result in results] if "multi_vector" in kinds else None,
+        )
 
     def close(self) -> None:
         self._client.close()
@@ -120,20 +125,27 @@ class _Served:
 
 @dataclass(frozen=True, slots=True)
 class _Comparison:
-    """How alike vectors are to the reference's, for texts of one role (or inputs without one)."""
+    """How alike vectors of a kind are to the reference's, for texts of one role (or inputs without one)."""
 
+    kind: str
     role: str
     cosine_min: float
     cosine_mean: float
     norm_difference: float
+    element_difference: float
     worst: Sequence[tuple[float, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """What the caller wants: the least cosine, and how many of the worst inputs to see."""
+    """What the caller wants: the least cosine, and how many of the worst inputs to see.
+
+    Attributes:
+        weights: Of sparse vectors, the largest difference of a weight; 0 where the precision promises none.
+    """
 
     cosine: float
+    weights: float
     worst: int
 
 
@@ -177,14 +189,14 @@ def verify(
     ] = False,
     min_cosine: Annotated[
         float, typer.Option(metavar="X", min=0, max=1, help="Least cosine to the reference that any sample may have.")
-    ] = 0.9999,
+    ] = LEAST_COSINE,
     worst: Annotated[int, typer.Option(metavar="N", min=0, help="How many of the least alike inputs to show.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Compare a model's vectors with those of the reference library; status 0 only if all is well.
 
     Also: whether files are what the manifest says, whether all numbers are finite, and whether a vector depends
-    on what else is in its batch.
+    on what else is in its batch. Of multi-vectors each row is compared, of sparse ones each weight.
     """
     spec = find_model(model)
     report = _Report(spec.name, spec.revision, address or str(spec.folder))
@@ -206,7 +218,13 @@ def verify(
             if original:
                 if spec.modality == "text" and 0 < original.longest < spec.max_input_units:
                     report.problems.append(f"reads {spec.max_input_units} tokens, the reference {original.longest}")
-                _hold_against(original, report, items, vectors, _Limits(min_cosine, worst))
+                _hold_against(
+                    original,
+                    report,
+                    items,
+                    vectors,
+                    _Limits(min_cosine, MOST_APART["sparse"] if spec.precision == "float32" else 0.0, worst),
+                )
     if as_json:
         sys.stdout.write(json.dumps({"verified": not report.problems, **asdict(report)}) + "\n")
     else:
@@ -239,55 +257,67 @@ def _texts() -> list[str]:
 
 def _examine(
     spec: ModelSpec, report: _Report, subject: _Subject, items: Sequence[Any], roles: Sequence[str]
-) -> dict[str, Float32]:
+) -> dict[str, Vectors]:
     """Embed the samples with each role; write into the report whether numbers are finite, and free of company."""
     vectors = {role: subject.embed(items, role, alone=False) for role in roles}
     alone = subject.embed(items, roles[0], alone=True)
     report.samples, report.revision = len(items), subject.revision
-    finite = np.all([np.isfinite(each).all(axis=1) for each in (alone, *vectors.values())], axis=0)
+    finite = np.all([each.finite() for each in (alone, *vectors.values())], axis=0)
     report.nonfinite = int((~finite).sum())
     if report.nonfinite:
         report.problems.append(f"the vectors of {report.nonfinite} samples are not finite")
         return {}
-    unit, unit_alone = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (vectors[roles[0]], alone))
-    report.company_difference = float(np.abs(unit - unit_alone).max())
-    if spec.precision == "float32" and not report.company_difference <= _COMPANY:
-        report.problems.append(f"vectors depend on what else is in their batch, by {report.company_difference:.1e}")
+    for one in compare(alone, vectors[roles[0]]):
+        report.company_difference = max(report.company_difference, one.apart)
+        if one.problem or (spec.precision == "float32" and not one.apart <= MOST_APART[one.kind]):
+            by = one.problem or f"by {one.apart:.1e}"
+            report.problems.append(f"{_plural(one.kind)} depend on what else is in their batch, {by}")
     return vectors
 
 
 def _hold_against(
-    original: Reference, report: _Report, items: Sequence[Any], vectors: Mapping[str, Float32], limits: _Limits
+    original: Reference, report: _Report, items: Sequence[Any], vectors: Mapping[str, Vectors], limits: _Limits
 ) -> None:
     """Compare vectors of each role with the reference's."""
     report.reference = original.name
     for role, ours in vectors.items():
-        theirs = original.embed(items, role)
-        if theirs.shape != ours.shape:
-            report.problems.append(f"vectors have {ours.shape[1]} numbers, the reference's {theirs.shape[1]}")
-            return
-        comparison = _compare(role, items, ours, theirs, limits.worst)
-        report.comparisons.append(comparison)
-        if not comparison.cosine_min >= limits.cosine:
-            report.problems.append(f"the least cosine{_of(role)} is {comparison.cosine_min:.7f}, below {limits.cosine}")
-        if not comparison.norm_difference <= _NORMS:
-            report.problems.append(
-                f"the lengths of vectors{_of(role)} differ by up to {comparison.norm_difference:.1e} of the reference's"
-            )
+        for one in compare(ours, original.embed(items, role)):
+            if one.problem:
+                report.problems.append(f"{one.problem}{_of(role)}")
+                continue
+            comparison = _compared(role, items, one, limits.worst)
+            report.comparisons.append(comparison)
+            what = "" if one.kind == "dense" else f" of {_plural(one.kind)}"
+            if not comparison.cosine_min >= limits.cosine:
+                report.problems.append(
+                    f"the least cosine{what}{_of(role)} is {comparison.cosine_min:.7f}, below {limits.cosine}"
+                )
+            if not comparison.norm_difference <= _NORMS:
+                report.problems.append(
+                    f"the lengths of {_plural(one.kind)}{_of(role)} differ by up to {one.norms:.1e} of the reference's"
+                )
+            if one.kind == "sparse" and limits.weights and not one.apart <= limits.weights:
+                report.problems.append(
+                    f"the weights of sparse vectors{_of(role)} differ by up to {one.apart:.1e} from the reference's"
+                )
 
 
-def _compare(role: str, items: Sequence[Any], ours: Float32, theirs: Float32, worst: int) -> _Comparison:
-    a, b = ours.astype(np.float64), theirs.astype(np.float64)
-    norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
-    cosines = np.einsum("nd,nd->n", a, b) / (norms[0] * norms[1])
+def _compared(role: str, items: Sequence[Any], found: Likeness, worst: int) -> _Comparison:
+    cosines = found.cosines
     order = np.argsort(cosines)[:worst]
     return _Comparison(
+        found.kind,
         role,
         float(cosines.min()),
         float(cosines.mean()),
-        float(np.abs(norms[0] / norms[1] - 1).max()),
+        found.norms,
+        found.apart,
         [(float(cosines[i]), _named(items[i], int(i))) for i in order],
     )
+
+
+def _plural(kind: str) -> str:
+    return {"dense": "vectors", "sparse": "sparse vectors", "multi_vector": "multi-vectors"}[kind]
 
 
 def _named(item: Any, number: int) -> str:
@@ -313,8 +343,11 @@ def _print(report: _Report, min_cosine: float) -> None:
         lines.append(f"reference  {report.reference}")
     for one in report.comparisons:
         lines.append(
-            f"cosine     min {one.cosine_min:.7f}, mean {one.cosine_mean:.7f}{_of(one.role)} (at least {min_cosine})"
+            f"cosine     min {one.cosine_min:.7f}, mean {one.cosine_mean:.7f}"
+            f"{f' of {_plural(one.kind)}' if one.kind != 'dense' else ''}{_of(one.role)} (at least {min_cosine})"
         )
+        if one.kind == "sparse":
+            lines.append(f"weights    largest difference{_of(one.role)}: {one.element_difference:.1e}")
         lines += [f"           {cosine:.7f}  {name}" for cosine, name in one.worst]
     lines.append("verified" if not report.problems else "NOT VERIFIED")
     lines += [f"  - {problem}" for problem in report.problems]

@@ -8,9 +8,11 @@ Weights are read from safetensors alone, and no code of a repository runs.
 from __future__ import annotations
 
 import io
+import json
 import logging
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,8 +21,9 @@ from numpy.typing import NDArray
 
 from embedmesh_cli.console import FAILED, USAGE, UserError
 from embedmesh_cli.layers import Layers, apply_layers
+from embedmesh_cli.likeness import Vectors
 from embedmesh_encoder.model import ModelSpec
-from embedmesh_encoder.pooling import pool
+from embedmesh_encoder.pooling import Sparse, pool
 
 __all__ = ["ROLES", "Reference", "load_reference"]
 
@@ -45,7 +48,7 @@ class Reference:
     def __init__(
         self,
         name: str,
-        embed: Callable[[Sequence[Any], str], Float32],
+        embed: Callable[[Sequence[Any], str], Vectors],
         *,
         roles: Sequence[str] = ("none",),
         longest: int = 0,
@@ -55,8 +58,8 @@ class Reference:
         self.roles = tuple(roles)
         self._embed = embed
 
-    def embed(self, items: Sequence[Any], role: str) -> Float32:
-        """Give vectors as the library gives them: float32 [n, dimensions].
+    def embed(self, items: Sequence[Any], role: str) -> Vectors:
+        """Give vectors as the library gives them, of every kind that the model makes.
 
         Args:
             items: Texts, or the bytes of files.
@@ -66,7 +69,7 @@ class Reference:
             UserError: The library failed.
         """
         try:
-            return self._embed(items, role).astype(np.float32)
+            return self._embed(items, role)
         except Exception as error:  # noqa: BLE001  (whatever it raises, it is no comparison)
             raise UserError(f"the reference {self.name} failed: {type(error).__name__}: {error}.") from None
 
@@ -97,6 +100,10 @@ def load_reference(spec: ModelSpec, wanted: str | None) -> Reference:
     library = f"sentence-transformers {sentence_transformers.__version__}, transformers {transformers.__version__}"
     name = f"{where}{f'@{revision}' if revision else ''} by {library}"
     try:
+        if spec.sparse and not spec.dimensions:
+            return _splade(spec, where, revision, name)
+        if spec.multi_vector and not spec.dimensions and _is_late_interaction(where, revision):
+            return _late_interaction(spec, where, revision, name)
         if spec.modality == "text" and not spec.graph.output.endswith(("_embeds", "pooler_output")):
             found = _sentences(spec, where, revision, name)
         else:
@@ -121,11 +128,13 @@ def _whitened(spec: ModelSpec, original: Reference) -> Reference:
     file = spec.head.layers[-1].file
     weights = {name: array.astype(np.float64) for name, array in load_file(spec.path(file)).items()}
 
-    def embed(items: Sequence[Any], role: str) -> Float32:
-        vectors = original.embed(items, role) @ weights["linear.weight"].T + weights["linear.bias"]
+    def embed(items: Sequence[Any], role: str) -> Vectors:
+        given = original.embed(items, role).dense
+        assert given is not None  # noqa: S101  (whitening is of dense vectors)
+        vectors = given @ weights["linear.weight"].T + weights["linear.bias"]
         if spec.normalized:
             vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        return vectors.astype(np.float32)
+        return Vectors(vectors.astype(np.float32))
 
     name = f"{original.name}, whitened by {file}"
     return Reference(name, embed, roles=original.roles, longest=original.longest)
@@ -175,19 +184,22 @@ def _sentences(spec: ModelSpec, where: str, revision: str | None, name: str) -> 
             del model[at]
     if spec.layers:
         apply_layers(model[0].auto_model, Layers(spec.layers.kept, spec.layers.averaged), name)
-    longest = int(model.max_seq_length or 0)
+    limit = model.max_seq_length or 0
+    longest = int(limit) if math.isfinite(limit) else 0
     if 0 < spec.max_input_units < longest:  # less than it could read may be wanted; more may not
         model.max_seq_length = spec.max_input_units
     prompts = {
         role: next((name for name in names if model.prompts.get(name)), None) for role, names in _PROMPTS.items()
     }
 
-    def embed(items: Sequence[Any], role: str) -> Float32:
+    heads = _heads(spec, where, revision, model.tokenizer) if spec.sparse or spec.multi_vector else None
+
+    def embed(items: Sequence[Any], role: str) -> Vectors:
         prompt = {"prompt_name": prompts[role]} if prompts[role] else {} if role == "none" else {"prompt": ""}
-        vectors: Float32 = model.encode(
-            list(items), batch_size=_BATCH, show_progress_bar=False, convert_to_numpy=True, **prompt
-        )
-        return vectors
+        options = {"batch_size": _BATCH, "show_progress_bar": False, **prompt}
+        if heads is None:
+            return Vectors(np.asarray(model.encode(list(items), convert_to_numpy=True, **options), np.float32))
+        return heads(model.encode(list(items), output_value=None, **options))
 
     roles = [role for role in ROLES if role == "none" or prompts[role] or model.default_prompt_name]
     return Reference(name, embed, roles=roles, longest=longest)
@@ -200,18 +212,131 @@ def _normalizes_before_whitening(spec: ModelSpec) -> bool:
     return whole or any(layer.kind == "normalize" for layer in layers)
 
 
+def _heads(
+    spec: ModelSpec, where: str, revision: str | None, tokenizer: Any
+) -> Callable[[Sequence[Mapping[str, Any]]], Vectors]:
+    """What BGE-M3's own code makes of tokens beside the dense vector; without its heads, the last hidden states."""
+    from safetensors.numpy import load_file  # noqa: PLC0415
+
+    def head(file: str) -> dict[str, Float32]:
+        path = _file(where, revision, file)
+        return {name: array.astype(np.float32) for name, array in load_file(path).items()} if path else {}
+
+    lexical = head("sparse_linear.safetensors") if spec.sparse else {}
+    colbert = head("colbert_linear.safetensors") if spec.multi_vector else {}
+    unused = {
+        number
+        for name in ("cls", "eos", "pad", "unk")
+        if (number := getattr(tokenizer, f"{name}_token_id", None)) is not None
+    }
+
+    def linear(weights: Mapping[str, Float32], hidden: Float32) -> Float32:
+        product: Float32 = hidden @ weights["weight"].T + weights.get("bias", np.float32(0))
+        return product
+
+    def embed(found: Sequence[Mapping[str, Any]]) -> Vectors:
+        dense, sparse, rows = [], [], []
+        for one in found:
+            real = one["attention_mask"].numpy().astype(bool)
+            hidden, ids = one["token_embeddings"].numpy()[real], one["input_ids"].numpy()[real]
+            dense.append(one["sentence_embedding"].numpy())
+            if lexical:
+                largest: dict[int, float] = {}
+                for number, weight in zip(ids.tolist(), linear(lexical, hidden)[:, 0].tolist(), strict=True):
+                    if number not in unused and weight > max(0.0, largest.get(number, 0.0)):
+                        largest[number] = weight
+                sparse.append(_sorted(largest))
+            if spec.multi_vector:
+                matrix = linear(colbert, hidden[1:]) if colbert else hidden
+                rows.append(matrix / np.linalg.norm(matrix, axis=1, keepdims=True) if colbert else matrix)
+        return Vectors(
+            np.array(dense, np.float32) if spec.dimensions else None,
+            sparse if lexical else None,
+            rows if spec.multi_vector else None,
+        )
+
+    return embed
+
+
+def _sorted(weights: Mapping[int, float]) -> Sparse:
+    indices = sorted(weights)
+    return np.array(indices, np.uint32), np.array([weights[index] for index in indices], np.float32)
+
+
+def _splade(spec: ModelSpec, where: str, revision: str | None, name: str) -> Reference:
+    """A sparse model; of a plain masked-language model the library makes SPLADE with the largest weights."""
+    from sentence_transformers import SparseEncoder  # noqa: PLC0415
+
+    model = SparseEncoder(where, revision=revision, device="cpu", model_kwargs={"use_safetensors": True})
+    longest = int(model.max_seq_length or 0)
+    if 0 < spec.max_input_units < longest:
+        model.max_seq_length = spec.max_input_units
+
+    def embed(items: Sequence[Any], role: str) -> Vectors:
+        options = {"batch_size": _BATCH, "show_progress_bar": False, "convert_to_sparse_tensor": False}
+        encode = {"query": model.encode_query, "document": model.encode_document}.get(role, model.encode)
+        return Vectors(sparse=[_nonzero(weights.numpy()) for weights in encode(list(items), **options)])
+
+    return Reference(name, embed, roles=_roles(model), longest=longest)
+
+
+def _nonzero(weights: Float32) -> Sparse:
+    (indices,) = np.nonzero(weights)
+    return indices.astype(np.uint32), weights[indices]
+
+
+def _late_interaction(spec: ModelSpec, where: str, revision: str | None, name: str) -> Reference:
+    """A model in the way of ColBERT; sentence-transformers reads PyLate's and Stanford's, too."""
+    from sentence_transformers import MultiVectorEncoder  # noqa: PLC0415
+
+    model = MultiVectorEncoder(where, revision=revision, device="cpu", model_kwargs={"use_safetensors": True})
+    longest = int(model[0].document_length or model.max_seq_length or 0)
+    if 0 < spec.max_input_units < longest:
+        model[0].document_length = spec.max_input_units
+
+    def embed(items: Sequence[Any], role: str) -> Vectors:
+        encode = model.encode_query if role == "query" else model.encode_document
+        found = encode(list(items), batch_size=_BATCH, show_progress_bar=False, convert_to_numpy=True)
+        return Vectors(multi_vector=[np.asarray(each, np.float32) for each in found])
+
+    return Reference(name, embed, roles=("query", "document"), longest=longest)
+
+
+def _roles(model: Any) -> list[str]:
+    """Give the roles that have a prompt of their own, and none."""
+    named = {role: any(model.prompts.get(name) for name in names) for role, names in _PROMPTS.items()}
+    return [role for role in ROLES if role == "none" or named[role]]
+
+
+def _is_late_interaction(where: str, revision: str | None) -> bool:
+    """Tell whether an original is in the way of ColBERT, by its own word."""
+    for file, key, values in (
+        ("config_sentence_transformers.json", "model_type", ("ColBERT", "MultiVectorEncoder")),
+        ("config.json", "architectures", (["HF_ColBERT"],)),
+    ):
+        path = _file(where, revision, file)
+        if path and json.loads(path.read_text(encoding="utf-8")).get(key) in values:
+            return True
+    return False
+
+
 def _says_how(where: str, revision: str | None) -> bool:
     """Tell whether an original is of sentence-transformers, which says how it pools."""
+    return _file(where, revision, "modules.json") is not None
+
+
+def _file(where: str, revision: str | None, file: str) -> Path | None:
+    """Have a file of an original on this disk; None if it has none of this name."""
     if Path(where).is_dir():
-        return (Path(where) / "modules.json").is_file()
+        path = Path(where) / file
+        return path if path.is_file() else None
     from huggingface_hub import hf_hub_download  # noqa: PLC0415
     from huggingface_hub.errors import EntryNotFoundError  # noqa: PLC0415
 
     try:
-        hf_hub_download(where, "modules.json", revision=revision)
+        return Path(hf_hub_download(where, file, revision=revision))
     except EntryNotFoundError:
-        return False
-    return True
+        return None
 
 
 def _features(spec: ModelSpec, where: str, revision: str | None, name: str) -> Reference:
@@ -232,12 +357,12 @@ def _features(spec: ModelSpec, where: str, revision: str | None, name: str) -> R
         hidden = model(**features).last_hidden_state.numpy()
         return pool(spec.graph.pooling, hidden, np.array([hidden.shape[1]]))
 
-    def embed(items: Sequence[Any], role: str) -> Float32:
+    def embed(items: Sequence[Any], role: str) -> Vectors:
         del role
         with torch.no_grad():
-            vectors = np.concatenate([vector(item) for item in items])
+            vectors = np.concatenate([vector(item) for item in items]).astype(np.float32)
         last = spec.normalized and not spec.whitening  # else normalised in the end, if at all
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if last else vectors
+        return Vectors(vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if last else vectors)
 
     return Reference(name, embed)
 
