@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from embedmesh_cli.console import UserError
 from embedmesh_cli.local import LocalModel, demo_files, demo_texts
+from embedmesh_encoder.image import ImageItem
 from embedmesh_encoder.modalities import MODALITIES
 from embedmesh_encoder.model import ModelSpec
 from embedmesh_encoder.preparation import Prepared
@@ -86,7 +87,10 @@ def _samples(spec: ModelSpec) -> Sequence[Any]:
     make = MODALITIES[spec.modality].item
     if spec.modality == "text":
         return [make(text) for text in _texts()]
-    return [make(content) for content in demo_files(spec.modality)[:_MOST_FILES]]
+    files = demo_files(spec.modality)[:_MOST_FILES]
+    if spec.text:
+        return [ImageItem(content, text) for content, text in zip(files, ["", *_texts()], strict=False)]
+    return [make(content) for content in files]
 
 
 def _texts() -> list[str]:

@@ -65,6 +65,17 @@ def export(
     pooling: PoolingWays = None,
     normalize: Normalize = None,
     max_units: MaxUnits = None,
+    image_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEMPLATE",
+            help="Of a model that reads pictures with texts: its prompt, with the token of a picture and {text} in it.",
+        ),
+    ] = None,
+    text_template: Annotated[
+        str | None,
+        typer.Option(metavar="TEMPLATE", help="Likewise, for texts without a picture: with {text} alone."),
+    ] = None,
     library_code: Annotated[
         bool,
         typer.Option(
@@ -88,12 +99,15 @@ def export(
     depths = _numbers("--layers", layers, least=1) or (0,)
     # Slow to import, and only this command needs them.
     from embedmesh_cli.export.make import export_models  # noqa: PLC0415
-    from embedmesh_cli.pull.recipe import Wishes  # noqa: PLC0415
+    from embedmesh_cli.pull.recipe import Templates, Wishes  # noqa: PLC0415
     from embedmesh_cli.pull.repository import open_repository  # noqa: PLC0415
 
     console = plain_console()
     repository = open_repository(source, endpoint=endpoint, cache=cache_dir, offline=offline)
-    wishes = Wishes(None, tuple(cast("list[Pooling]", pooling or [])), normalize, max_units)
+    if (image_template is None) is not (text_template is None):
+        raise UserError("--image-template and --text-template belong together.", USAGE)
+    templates = Templates(image_template, text_template) if image_template and text_template else None
+    wishes = Wishes(None, tuple(cast("list[Pooling]", pooling or [])), normalize, max_units, templates)
     specs = []
     for kept in depths:
         choice = Layers(kept, averaged)

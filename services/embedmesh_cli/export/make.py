@@ -19,6 +19,7 @@ from embedmesh_cli.console import USAGE, UserError
 from embedmesh_cli.export.check import Reference, compare
 from embedmesh_cli.export.graph import OPSET, Output, Plan, write_graph
 from embedmesh_cli.export.packed import FAMILIES, plan_packed
+from embedmesh_cli.export.pictures import PICTURES, check_pictures, language_of, of_picture, plan_pictures
 from embedmesh_cli.export.towers import TOWERS, of_tower, plan_towers
 from embedmesh_cli.export.weights import Loaded, load_model
 from embedmesh_cli.home import models_home
@@ -127,17 +128,35 @@ class _Made:
 def _make(
     repository: Repository, wishes: Wishes, layers: Layers, layout: Layout, *, library_code: bool, console: Console
 ) -> _Made:
-    kind = str(read_json(repository, "config.json").get("model_type"))
-    towers = kind in TOWERS and "modules.json" not in repository.files
-    if towers and layers.suffix:
+    config = read_json(repository, "config.json")
+    kind = str(config.get("model_type"))
+    alone = "modules.json" not in repository.files
+    towers, pictures = kind in TOWERS and alone, kind in PICTURES and alone
+    if "vision_config" in config and alone and not towers and not pictures:
+        raise UserError(
+            f"{repository.name} is a {kind}, which reads pictures in a way that is not known: of models with a "
+            f"vision_config only {', '.join(sorted(PICTURES))}, clip and siglip are."
+        )
+    if (towers or pictures) and layers.suffix:
         raise UserError(
             f"{repository.name} is a {kind}, and only text models of one tower have layers to choose.", USAGE
         )
     # Before anything large is fetched: whether the rest is there.
-    pipeline = None if towers else read_pipeline(repository, wishes)
+    if pictures:
+        check_pictures(repository, wishes)
+    elif wishes.templates:
+        raise UserError(f"{repository.name} reads no pictures with texts: leave --image-template out.", USAGE)
+    pipeline = None if towers or pictures else read_pipeline(repository, wishes)
     console.print(f"Loading the weights of {repository.source} into torch", markup=False)
     with console.status("Loading"):
         loaded = load_model(repository, pipeline.prefix if pipeline else "", layers, library_code=library_code)
+    if pictures:
+        plans, found = plan_pictures(repository, loaded, wishes)
+        references = {
+            "image": of_picture(loaded, wishes.pooling),
+            "text": _of_text(language_of(loaded), wishes.pooling, torch.nn.Identity()),
+        }
+        return _Made(list(plans.values()), references, found, loaded.files, loaded.layers)
     if pipeline is None:
         plans = plan_towers(repository, loaded, wishes)
         references = {modality: of_tower(plan) for modality, plan in plans.items()}

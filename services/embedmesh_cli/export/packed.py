@@ -22,7 +22,7 @@ from embedmesh_cli.export.graph import Plan
 from embedmesh_cli.export.weights import Loaded
 from embedmesh_encoder.pooling import Pooling
 
-__all__ = ["FAMILIES", "plan_packed"]
+__all__ = ["FAMILIES", "plan_packed", "pool_segments"]
 
 _OUTPUT: Final = "sentence_embedding"
 
@@ -79,7 +79,7 @@ class _PackedEncoder(torch.nn.Module):
         arguments = {name: value for name, value in arguments.items() if name in self._takes}
         with _masks(position_ids, segment_ids), _relative(self._biases, position_ids):
             hidden = self.model(input_ids=input_ids, **arguments).last_hidden_state
-        return self.head(_pool(self._pooling, hidden, position_ids, segment_ids))
+        return self.head(pool_segments(self._pooling, hidden, position_ids, segment_ids))
 
 
 @contextmanager
@@ -167,7 +167,7 @@ def _relative(biases: Sequence[_Bias], positions: Any) -> Iterator[None]:
             delattr(bias.part, bias.method)
 
 
-def _pool(ways: Sequence[Pooling], hidden: Any, positions: Any, segments: Any) -> Any:
+def pool_segments(ways: Sequence[Pooling], hidden: Any, positions: Any, segments: Any) -> Any:
     """Pool hidden states [rows, width, d] over segments, as `embedmesh_encoder.pooling` does over rows."""
     tokens = hidden.reshape(-1, hidden.shape[-1])
     position, segment = positions.reshape(1, -1), segments.reshape(1, -1)
