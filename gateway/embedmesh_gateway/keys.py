@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from google.protobuf.message import Message
 
-from embedmesh.v1 import audio_pb2, text_pb2
+from embedmesh.v1 import audio_pb2, image_pb2, text_pb2
 from embedmesh.v1 import embedding_pb2 as pb
 
 __all__ = ["cache_key", "cache_keys"]
@@ -94,6 +94,8 @@ def _key(prefix: Any, item: Any) -> bytes:
         parts = _joined(form.encode(), samples.data)
     else:
         parts = _joined(item.content)
+        if isinstance(item, image_pb2.ImageInput) and (item.text or item.instruction):
+            parts += _joined(item.instruction.encode(), item.text.encode())
     digest = prefix.copy()
     digest.update(parts)
     return b"em1:" + bytes(digest.digest())

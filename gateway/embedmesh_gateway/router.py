@@ -37,7 +37,7 @@ from embedmesh.errors import (
     from_status,
     to_status,
 )
-from embedmesh.v1 import catalog_pb2, gateway_pb2, text_pb2
+from embedmesh.v1 import catalog_pb2, gateway_pb2, image_pb2, text_pb2
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh.vectors import (
     DenseOutput,
@@ -442,9 +442,9 @@ class Router:
     async def _compute(self, plan: _Plan, items: Sequence[tuple[Any, Message]], land: Any) -> None:
         """Send items to the encoders, split into calls; `land` gets each call's outcomes as they come."""
         upstream = self._upstreams[plan.modality]
-        calls, too_large = _split(items, plan, upstream.max_message_bytes - _MESSAGE_SLACK)
-        if too_large:
-            land(too_large)
+        calls, refused = _split(items, plan, upstream.max_message_bytes - _MESSAGE_SLACK)
+        if refused:
+            land(refused)
 
         async def call(part: Sequence[tuple[Any, Message]]) -> None:
             outcomes = await self._call(plan, upstream, [item for _, item in part])
@@ -654,7 +654,7 @@ def _split(
     """Split into calls of at most `max_inputs` inputs whose requests and responses fit into `room` bytes.
 
     Returns:
-        The calls, and the outcomes of inputs that fit into none.
+        The calls, and the outcomes of inputs that belong into none.
     """
     info = plan.info
     answer = 4 * info.dimensions + 256
@@ -668,20 +668,32 @@ def _split(
             answer = room  # rows of several passes, whose number the encoder knows
     most = max(1, min(info.max_inputs or _DEFAULT_MAX_INPUTS, room // answer))
     calls: list[list[tuple[Any, Message]]] = []
-    too_large: dict[Any, _Outcome] = {}
+    refused: dict[Any, _Outcome] = {}
     size = 0
     for key, item in items:
         own = item.ByteSize() + 16
+        error: EmbedMeshError | None = None
         if own > room:
             error = InputTooLarge.over("the input", own, room, "bytes", field="inputs[0]")
-            too_large[key] = Answer(pb.EmbedResult(error=to_status(error)), pb.ModelRef())
+        elif (
+            isinstance(item, image_pb2.ImageInput)
+            and (item.text or item.instruction)
+            and not info.reads_text_with_images
+        ):
+            # An encoder of an earlier version would not see the text, and give the vector of the picture alone.
+            error = InvalidRequest(
+                f"model {info.model.name!r} reads no text with pictures",
+                field=f"inputs[0].{'text' if item.text else 'instruction'}",
+            )
+        if error:
+            refused[key] = Answer(pb.EmbedResult(error=to_status(error)), pb.ModelRef())
             continue
         if not calls or len(calls[-1]) >= most or size + own > room:
             calls.append([])
             size = 0
         calls[-1].append((key, item))
         size += own
-    return calls, too_large
+    return calls, refused
 
 
 def _with_spans(inputs: Iterable[Message]) -> bool:

@@ -650,6 +650,7 @@ def read_models(response: catalog_pb2.ListModelsResponse) -> list[ModelInfo]:
             dimensions=info.dimensions,
             sparse_dimensions=info.sparse_dimensions,
             multi_vector_dimensions=info.multi_vector_dimensions,
+            reads_text_with_images=info.reads_text_with_images,
             truncatable_dimensions=tuple(info.truncatable_dimensions),
             max_input_units=info.max_input_units,
             max_inputs=info.max_inputs,

@@ -109,32 +109,45 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A picture as encoded bytes (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF); the format is found by content."""
+    """A picture, alone or with a text that becomes one vector with it.
+
+    Attributes:
+        content: Encoded bytes (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF); the format is found by content.
+        text: Read together with the picture, by models whose `ModelInfo.reads_text_with_images` is true; others
+            fail this input alone. A text without a picture is a `Text` to the same family.
+        instruction: Free text put before it in place of the model's own; only where `text` is read.
+    """
 
     content: bytes = field(repr=False)
+    text: str = ""
+    instruction: str = ""
 
     def __post_init__(self) -> None:
         _require_bytes("Image", self.content)
+        if not isinstance(self.text, str) or not isinstance(self.instruction, str):
+            raise TypeError("Image takes a str as text and as instruction")
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> Image:
+    def from_bytes(cls, content: bytes, text: str = "", instruction: str = "") -> Image:
         """Take the bytes of an encoded picture."""
-        return cls(content)
+        return cls(content, text, instruction)
 
     @classmethod
-    def from_file(cls, path: str | PathLike[str]) -> Image:
+    def from_file(cls, path: str | PathLike[str], text: str = "", instruction: str = "") -> Image:
         """Read a file now, whole; OSError where that fails."""
-        return cls(Path(path).read_bytes())
+        return cls(Path(path).read_bytes(), text, instruction)
 
     @property
     def nbytes(self) -> int:
-        """Size on the wire without framing."""
-        return len(self.content)
+        """Size on the wire without framing; UnicodeEncodeError where half of a surrogate pair stands alone."""
+        return len(self.content) + _utf8_length(self.text) + _utf8_length(self.instruction)
 
     def write(self, message: gateway_pb2.Input) -> None:
         """Fill `message`."""
         message.image.SetInParent()
         message.image.content = self.content
+        message.image.text = self.text
+        message.image.instruction = self.instruction
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -54,6 +54,7 @@ class ModelInfo:
         limits: Named limits on one input, for example {"text_bytes": 1048576}.
         sparse_dimensions: Size of the vocabulary of the sparse vectors; 0 where there are none.
         multi_vector_dimensions: Width of the rows of the multi-vectors; 0 where there are none.
+        reads_text_with_images: Whether a picture's text is read with it, into one vector.
     """
 
     name: str
@@ -72,6 +73,7 @@ class ModelInfo:
     limits: dict[str, int]
     sparse_dimensions: int = 0
     multi_vector_dimensions: int = 0
+    reads_text_with_images: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,12 +149,7 @@ def _description(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     if spec.family != spec.name:
         yield "family", spec.family
     yield from zip(("gives", "", ""), _gives(spec), strict=False)
-    units = {"text": "tokens", "image": "patches", "audio": "frames"}[spec.modality]
-    yield "reads", f"{spec.modality}, up to {spec.max_input_units} {units}"
-    if spec.text:
-        for role, prompt in spec.text.prompts.model_dump().items():
-            if prompt:
-                yield "", f"before texts {'without a role' if role == 'default' else f'of role {role}'}: {prompt!r}"
+    yield from zip(("reads", "", "", "", ""), _reads(spec), strict=False)
     ways = graph.pooling if isinstance(graph.pooling, str) else " and ".join(graph.pooling)
     pooled = ("; pooled by the graph" if ways == "graph" else f"; pooled here: {ways}") if spec.dimensions else ""
     outputs = ", ".join(dict.fromkeys(spec.outputs.values()))
@@ -178,6 +173,21 @@ def _description(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     yield "files", f"{len(spec.files)}, {size / 1e6:.1f} MB in {spec.folder}"
     for file, digest in spec.files.items():
         yield "", f"{digest[:12]}  {file}"
+
+
+def _reads(spec: ModelSpec) -> Iterator[str]:
+    """Say what it takes, and what stands around texts."""
+    text = spec.text
+    units = {"text": "tokens", "image": "patches", "audio": "frames"}[spec.modality]
+    if spec.modality == "image" and text:
+        yield f"image with text, up to {spec.max_input_units} tokens, {text.image_tokens} of them for the picture"
+    else:
+        yield f"{spec.modality}, up to {spec.max_input_units} {units}"
+    if text and text.template:
+        yield f"in the template {text.template!r}"
+    for role, prompt in text.prompts.model_dump().items() if text else ():
+        if prompt:
+            yield f"before texts {'without a role' if role == 'default' else f'of role {role}'}: {prompt!r}"
 
 
 def _gives(spec: ModelSpec) -> Iterator[str]:

@@ -71,21 +71,22 @@ def image_preparer(spec: ModelSpec, settings: ImageSettings) -> ImagePreparer:
         ImageSpec.from_preprocessor_config(_config(spec, table.processor)),
         output=spec.graph.output,
         pooling=spec.graph.pooling,
-        input_name=spec.graph.inputs[0],
+        input_name="pixel_values" if spec.text else spec.graph.inputs[0],
         patch_size=table.patch_size,
         extra_tokens=table.extra_tokens,
         max_input_units=spec.max_input_units,
         max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
+        texts=TextPreparer(spec, row_multiple=_ROW_MULTIPLES.get(spec.backend, 1)) if spec.text else None,
     )
 
 
 def warm_images(spec: ModelSpec, settings: ImageSettings) -> list[ImageItem]:
-    """Give one small grey picture."""
-    del spec, settings
+    """Give one small grey picture, and where texts are read with pictures another with a word."""
+    del settings
     file = io.BytesIO()
     Image.new("RGB", (64, 48), (128, 128, 128)).save(file, "PNG")
-    return [ImageItem(file.getvalue())]
+    return [ImageItem(file.getvalue(), text) for text in (("", "warm") if spec.text else ("",))]
 
 
 def audio_preparer(spec: ModelSpec, settings: AudioSettings) -> AudioPreparer:
@@ -152,4 +153,6 @@ def _config(spec: ModelSpec, file: str) -> dict[str, Any]:
         raise ModelError(f"cannot read {spec.path(file)}: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{spec.path(file)} is not a preprocessor_config.json: it holds no object")
-    return config
+    # In a processor_config.json it stands beside what is known of texts.
+    nested = config.get("image_processor")
+    return nested if isinstance(nested, dict) else config

@@ -26,7 +26,7 @@
     inputs = ["input_ids", "attention_mask"]     # not packed; may add "token_type_ids",
                                        # "position_ids", or leave the mask out
 
-    [text]                             # modality text
+    [text]                             # modality text; or image, whose pictures are then read with a text
     tokenizer = "tokenizer.json"       # file of the `tokenizers` library
     pad_id = 0                         # padded only; default 0
     prompts = { query = "", document = "" }      # put before the text, by role; `default` where a call
@@ -35,6 +35,10 @@
     add_special_tokens = true          # default; whether the tokenizer's own tokens surround a text
     extra_special_tokens = []          # of the vocabulary, found in texts (and prompts) as they stand; default: none
     pad = "longest"                    # padded only: to the longest of a batch (default), or to "max_input_units"
+    template = "Q: {text} A:"          # what stands around prompt and text, and is never cut; default: nothing. In the
+                                       # table of an image model it holds image_token, too
+    image_token = "<image>"            # of the tokenizer; a text that says so has no such token. Default: none
+    image_tokens = 576                 # modality image: how many of them a picture becomes
 
     [head]                             # modality text: what follows pooling, the graph's too (numpy, see head.py)
     layers = [                         # in order; those with weights as PyTorch computes them
@@ -66,7 +70,7 @@
 
     [image]                            # modality image
     processor = "preprocessor_config.json"       # file of transformers
-    patch_size = 32                    # side of a patch; default 0: a unit is 256 pixels
+    patch_size = 32                    # side of a patch; default 0: a unit is 256 pixels; with [text] a token
     extra_tokens = 1                   # units beside the patches, e.g. the class token; default 0
 
     [audio]                            # modality audio
@@ -112,6 +116,7 @@ Layout *padded*: one text a row. Inputs are int64 [texts, longest]; the output i
 pooling or a head make another width of it.
 In both, the outputs of the other kinds are float32 with two axes like those of `input_ids`, then one for the
 vocabulary (sparse "max"), the weight (sparse "tokens": 1, or no axis) or the row; "graph" gives [texts, vocabulary].
+An image model with [text] is padded, too: one picture with its text a row, `pixel_values` besides.
 Layout *stacked*: images or sounds, one a row. The input is `pixel_values`, or what the feature
 extractor makes (`input_features`, `input_values`; `attention_mask`, `is_longer`); the output as for padded.
 
@@ -197,7 +202,7 @@ _OUTPUTS: Final[dict[Any, str]] = {
     "stacked": "last_hidden_state",
 }
 _WEIGHTED: Final = frozenset({"dense", "layer_norm"})
-_LAYOUTS: Final = {"text": ("packed", "padded"), "image": ("stacked",), "audio": ("stacked",)}
+_LAYOUTS: Final = {"text": ("packed", "padded"), "image": ("stacked", "padded"), "audio": ("stacked",)}
 _KINDS: Final[dict[str, pb.EmbeddingKind.ValueType]] = {
     "dense": pb.EMBEDDING_KIND_DENSE,
     "sparse": pb.EMBEDDING_KIND_SPARSE,
@@ -251,6 +256,21 @@ def _present(file: str, info: ValidationInfo) -> str:
         if not (folder / path).is_file():
             raise ValueError("is missing from the model's folder")
     return file
+
+
+def _template_fits(text: TextSpec, modality: str | None) -> None:
+    if text.template and (text.extra_special_tokens or not text.include_prompt or not text.add_special_tokens):
+        raise ValueError(
+            "cannot have a template beside include_prompt, add_special_tokens or extra_special_tokens: nobody has "
+            "compared such vectors with a reference"
+        )
+    if text.template and text.template.count("{text}") != 1:
+        raise ValueError('must have a template with "{text}" in it, once')
+    pictures = text.template.count(text.image_token) if text.image_token else 0
+    if modality == "image" and (pictures != 1 or not text.image_tokens):
+        raise ValueError("must have a template with the image_token in it, once, and say how many image_tokens it is")
+    if modality == "text" and (pictures or text.image_tokens or (text.image_token and not text.template)):
+        raise ValueError("must have a template without image_token: its model reads no pictures")
 
 
 def _listed(file: str, info: ValidationInfo) -> None:
@@ -326,6 +346,9 @@ class TextSpec(_Table):
     include_prompt: bool = True
     add_special_tokens: bool = True
     extra_special_tokens: tuple[str, ...] = Field(default=(), strict=False)
+    template: str = ""
+    image_token: str = ""
+    image_tokens: NonNegativeInt = 0
 
     @property
     def query_prompt(self) -> str:
@@ -339,14 +362,14 @@ class TextSpec(_Table):
 
     def decides(self) -> dict[str, Any]:
         """What changes a vector, under keys that must not change; keys of later versions only where they are used."""
-        table = self.model_dump(include={"tokenizer", "pad_id"})
+        first = {"tokenizer", "pad_id"}
+        table = self.model_dump(include=first)
         table |= {f"{role}_prompt": prompt for role, prompt in self.prompts.model_dump(exclude={"default"}).items()}
         if self.prompts.default:
             table["default_prompt"] = self.prompts.default
         if self.pad != "longest":
             table["pad"] = self.pad
-        later = {"include_prompt", "add_special_tokens", "extra_special_tokens"}
-        return table | self.model_dump(include=later, exclude_defaults=True)
+        return table | self.model_dump(exclude=first | {"prompts", "pad"}, exclude_defaults=True)
 
 
 class HeadLayer(_Table):
@@ -539,8 +562,17 @@ class ModelSpec(_Table):
     @field_validator("text", "image", "audio")
     @classmethod
     def _table_fits(cls, table: Any, info: ValidationInfo) -> Any:
-        if "modality" in info.data and (info.data["modality"] == info.field_name) != (table is not None):
-            raise ValueError(f'is only for the modality "{info.field_name}"' if table else "is missing")
+        modality, graph = info.data.get("modality"), info.data.get("graph")
+        wanted = modality == info.field_name
+        known, missing = f'is only for the modality "{info.field_name}"', "is missing"
+        if info.field_name == "text" and modality == "image":
+            wanted = graph is not None and graph.layout == "padded"
+            known += ', and for the layout "padded" of the modality "image"'
+            missing += ', or the graph must have the layout "stacked"'
+        if modality and wanted != (table is not None):
+            raise ValueError(known if table else missing)
+        if isinstance(table, TextSpec):
+            _template_fits(table, modality)
         if table:
             _listed(table.tokenizer if isinstance(table, TextSpec) else table.processor, info)
         graph = info.data.get("graph")

@@ -308,6 +308,7 @@ class ModelCatalogServicer(catalog_pb2_grpc.ModelCatalogServicer):
                 ready=encoder is not None and encoder.ready,
                 normalized=spec.normalized,
                 limits=encoder.limits if encoder else {},
+                reads_text_with_images=spec.modality == "image" and spec.text is not None,
             )
         return response
 
@@ -356,7 +357,7 @@ def _read_text(chunking: Chunking, message: text_pb2.TextInput) -> TextItem:
 
 
 def _read_image(message: image_pb2.ImageInput) -> ImageItem:
-    return ImageItem(message.content)
+    return ImageItem(message.content, message.text, message.instruction)
 
 
 def _read_audio(message: audio_pb2.AudioInput) -> AudioItem:

@@ -61,6 +61,18 @@ def test_image_and_audio_from_bytes_and_files(tmp_path: Path) -> None:
         Image.from_file(tmp_path / "absent")
 
 
+def test_an_image_may_have_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "content"
+    path.write_bytes(b"abc")
+    image = Image(b"abc", text="ä", instruction="find")
+    assert written(image) == gateway_pb2.Input(image=image_pb2.ImageInput(content=b"abc", text="ä", instruction="find"))
+    assert image == Image.from_bytes(b"abc", "ä", "find") == Image.from_file(path, text="ä", instruction="find")
+    assert image.nbytes == 9
+    text: Any = None
+    with pytest.raises(TypeError, match="str as text"):
+        Image(b"abc", text)
+
+
 @pytest.mark.parametrize("kind", [Image, Audio])
 def test_a_path_is_no_content(kind: Any) -> None:
     with pytest.raises(TypeError, match="from_file reads a path"):

@@ -32,6 +32,13 @@ MANIFEST: dict[str, Any] = {
 }
 SPARSE = {"output": "logits", "pooling": "max", "dimensions": 9}
 MULTI_VECTOR = {"output": "tokens", "dimensions": 4}
+TEMPLATE = {"tokenizer": "tokenizer.json", "template": "<image>{text}", "image_token": "<image>", "image_tokens": 4}
+PICTURES: dict[str, Any] = {
+    "modality": "image",
+    "graph": {"file": "onnx/model.onnx", "layout": "padded"},
+    "image": {"processor": "tokenizer.json"},
+    "text": TEMPLATE,
+}
 # For manifests, from which `write` takes what is None.
 NO_DENSE = {"kinds": ["sparse"], "dimensions": None, "normalized": None}
 Write = Callable[..., ModelSpec]
@@ -112,6 +119,13 @@ def test_queries_may_be_filled_up(write: Write) -> None:
     assert (filled.multi_vector.expand_to, filled.multi_vector.query_length) == (8, 0)
     assert filled.revision != plain.revision
     assert write(rows(query_length=0, expand_to=0, attend_to_expansion=False)).revision == plain.revision
+
+
+def test_the_template_and_its_picture_change_the_revision(write: Write) -> None:
+    texts = [TEMPLATE, {**TEMPLATE, "template": "<image> {text}"}, {**TEMPLATE, "image_tokens": 5}]
+    assert len({write({**PICTURES, "text": text}).revision for text in texts}) == 3
+    plain = {"tokenizer": "tokenizer.json"}
+    assert write({"text": {**plain, "template": "a {text}"}}).revision != write({"text": plain}).revision
 
 
 def test_several_ways_of_pooling_are_joined(write: Write) -> None:
@@ -276,6 +290,23 @@ def test_the_revision_ignores_the_fakes_speed(write: Write) -> None:
         ({"truncatable_dimensions": [0, True]}, "truncatable_dimensions.1 must be a valid integer, got true"),
         ({"folder": "elsewhere"}, "folder is unknown"),
         ({"modality": "image"}, 'text is only for the modality "text"'),
+        ({**PICTURES, "graph": {**PICTURES["graph"], "layout": "stacked"}}, 'and for the layout "padded"'),
+        (
+            {**PICTURES, "text": {**TEMPLATE, "include_prompt": False}},
+            "text cannot have a template beside include_prompt",
+        ),
+        ({**PICTURES, "text": None}, "text is missing"),
+        ({**PICTURES, "text": {"tokenizer": "tokenizer.json"}}, "text must have a template with the image_token in it"),
+        ({**PICTURES, "text": {**TEMPLATE, "template": "{text}"}}, "text must have a template with the image_token"),
+        ({**PICTURES, "text": {**TEMPLATE, "template": "<image><image>{text}"}}, "text must have a template with the"),
+        ({**PICTURES, "text": {**TEMPLATE, "image_tokens": 0}}, "and say how many image_tokens it is"),
+        ({"text": {"tokenizer": "tokenizer.json", "template": "Q: {texts}"}}, 'a template with "{text}" in it, once'),
+        ({"text": {"tokenizer": "tokenizer.json", "template": "{text}{text}"}}, 'template with "{text}" in it, once'),
+        ({"text": TEMPLATE}, "text must have a template without image_token: its model reads no pictures"),
+        (
+            {"text": {"tokenizer": "tokenizer.json", "image_token": "<image>"}},
+            "must have a template without image_token",
+        ),
         ({"graph": {"file": "other.onnx", "layout": "packed"}}, 'names "other.onnx", which is not listed in [files]'),
         ({"graph": {"layout": "packed"}}, "graph names no file"),
         ({"text": {"tokeniser": "tokenizer.json"}}, "text.tokeniser is unknown, did you mean tokenizer?"),

@@ -174,6 +174,7 @@ class Encoder(
             is_default=True,
             ready=info.pop("ready", True),
             normalized=info.pop("normalized", True),
+            reads_text_with_images=info.pop("reads_text_with_images", False),
         )
         assert not info, info
         self.calls: list[Any] = []
@@ -304,6 +305,8 @@ class Mesh:
                 request.inputs.add().image.content = item
             elif isinstance(item, text_pb2.TextInput):
                 request.inputs.add().text.CopyFrom(item)
+            elif isinstance(item, image_pb2.ImageInput):
+                request.inputs.add().image.CopyFrom(item)
             elif isinstance(item, audio_pb2.AudioInput):
                 request.inputs.add().audio.CopyFrom(item)
             else:

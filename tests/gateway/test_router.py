@@ -32,7 +32,7 @@ from embedmesh.errors import (
     from_rpc_error,
     from_status,
 )
-from embedmesh.v1 import audio_pb2, gateway_pb2, image_pb2, text_pb2
+from embedmesh.v1 import audio_pb2, catalog_pb2, gateway_pb2, image_pb2, text_pb2
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh_gateway.admission import Admission
 from embedmesh_gateway.cache import seal
@@ -571,6 +571,10 @@ def test_all_that_changes_a_vector_changes_its_key() -> None:
         (pb.ModelRef(name="m", revision="r", space="s2"), "text", pb.TRUNCATION_END, text("content")),
         (pb.ModelRef(name="m", revision="rs", space=""), "text", pb.TRUNCATION_END, text("content")),
         (ref, "image", pb.TRUNCATION_END, image_pb2.ImageInput(content=b"content")),
+        (ref, "image", pb.TRUNCATION_END, image_pb2.ImageInput(content=b"content", text="a")),
+        (ref, "image", pb.TRUNCATION_END, image_pb2.ImageInput(content=b"content", instruction="a")),
+        (ref, "image", pb.TRUNCATION_END, image_pb2.ImageInput(content=b"content", text="ab")),
+        (ref, "image", pb.TRUNCATION_END, image_pb2.ImageInput(content=b"content", text="b", instruction="a")),
         (ref, "audio", pb.TRUNCATION_END, audio_pb2.AudioInput(content=b"content")),
         (ref, "audio", pb.TRUNCATION_END, audio_pb2.AudioInput(pcm=audio_pb2.PcmAudio(samples=pcm))),
         (ref, "audio", pb.TRUNCATION_END, audio_pb2.AudioInput(pcm=audio_pb2.PcmAudio(samples=square))),
@@ -586,6 +590,12 @@ def test_all_that_changes_a_vector_changes_its_key() -> None:
     assert len(set(keys)) == len(keys)
     assert keys == [cache_key(*item) for item in items]
     assert all(key.startswith(b"em1:") and len(key) == 20 for key in keys)
+
+
+def test_keys_of_pictures_without_text_stay() -> None:
+    ref = pb.ModelRef(name="m", revision="r", space="s")
+    key = cache_key(ref, "image", pb.TRUNCATION_END, image_pb2.ImageInput(content=b"content"))
+    assert key.hex() == "656d313a67d75b79e0a95ce09b409bb80f4ad6f8"
 
 
 @given(st.tuples(st.text(max_size=4), st.text(max_size=4)), st.tuples(st.text(max_size=4), st.text(max_size=4)))
@@ -1277,3 +1287,47 @@ async def test_whatever_was_asked_before_vectors_are_those_of_the_model(
 async def small_mesh(open_mesh: Any, valkey: Any) -> AsyncIterator[Any]:
     async with open_mesh(redis_url=valkey.url, cache_memory_bytes=1500) as mesh:
         yield mesh
+
+
+# Pictures with texts.
+
+
+async def test_a_text_beside_a_picture_goes_along_and_is_part_of_the_key(open_mesh: Any, make_encoder: Any) -> None:
+    given = [
+        image_pb2.ImageInput(content=b"picture"),
+        image_pb2.ImageInput(content=b"picture", text="a"),
+        image_pb2.ImageInput(content=b"picture", text="a", instruction="find: "),
+    ]
+    async with open_mesh({"image": [make_encoder("image", reads_text_with_images=True)]}) as mesh:
+        first = await mesh.embed(given)
+        again = await mesh.embed(given[::-1])
+        assert list(mesh.image.inputs) == given
+        assert np.array_equal(rows(first), [mesh.expected(item, "image") for item in given])
+        assert np.array_equal(rows(again), rows(first)[::-1])
+        assert all(result.cached for result in again.results)
+        assert next(
+            iter((await mesh.catalog.ListModels(catalog_pb2.ListModelsRequest())).models)
+        ).reads_text_with_images
+
+
+@pytest.mark.parametrize("policy", gateway_pb2.CachePolicy.values())
+async def test_a_text_that_nobody_would_read_fails_alone(
+    open_mesh: Any, make_encoder: Any, policy: gateway_pb2.CachePolicy.ValueType
+) -> None:
+    # An encoder of an earlier version reads past the text, and would answer with the picture's vector.
+    given = [
+        image_pb2.ImageInput(content=b"a", text="x"),
+        image_pb2.ImageInput(content=b"a"),
+        image_pb2.ImageInput(content=b"a", instruction="x"),
+    ]
+    async with open_mesh({"image": [make_encoder("image")]}) as mesh:
+        response = await mesh.embed(given, cache=policy)
+        assert list(mesh.image.inputs) == [given[1]]
+        assert np.array_equal(vectors.decode(response.results[1].embedding.dense), mesh.expected(given[1], "image"))
+        for place, field in ((0, "text"), (2, "instruction")):
+            error = from_status(response.results[place].error)
+            assert isinstance(error, InvalidRequest)
+            assert (error.field, error.message) == (
+                f"inputs[{place}].{field}",
+                "model 'fake-image' reads no text with pictures",
+            )

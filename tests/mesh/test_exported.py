@@ -762,6 +762,166 @@ def test_layers_that_cannot_be_cut(
     assert not list(home.glob("*"))
 
 
+# --- pictures with texts --------------------------------------------------------------------------
+
+READS = 160
+
+
+@dataclasses.dataclass(frozen=True)
+class Both:
+    """A small model that reads pictures with texts.
+
+    Attributes:
+        title: In the table.
+        vision: Its configuration's class and settings, in transformers.
+        text: Likewise.
+        config: Its own settings, which the processor shares.
+        templates: Of a picture with a text, and of a text alone.
+        pooling: Of all tokens, as a prompt has them.
+        options: For the export.
+    """
+
+    title: str
+    vision: tuple[str, Mapping[str, Any]]
+    text: tuple[str, Mapping[str, Any]]
+    config: Mapping[str, Any]
+    templates: tuple[str, str]
+    pooling: str
+    options: Sequence[str] = ()
+
+
+LANGUAGE = {**DECODER, "vocab_size": 30528, "max_position_embeddings": READS}
+BOTH = {
+    "llava": Both(
+        "LLaVA: CLIP and Llama, last",
+        ("CLIPVisionConfig", VISION),
+        ("LlamaConfig", LANGUAGE),
+        {"vision_feature_select_strategy": "default", "vision_feature_layer": -2},
+        ("user: <image>\n{text} answer:", "user: {text} answer:"),
+        "last",
+        ("--normalize",),
+    ),
+    "llava-full": Both(
+        "LLaVA: SigLIP, two layers, and Qwen2, mean",
+        ("SiglipVisionConfig", VISION),
+        ("Qwen2Config", LANGUAGE),
+        {"vision_feature_select_strategy": "full", "vision_feature_layer": [-2, -1]},
+        ("{text}. <image>", "{text}."),
+        "mean",
+    ),
+}
+
+
+def save_both(randomise: Any, both: Both, tokenizer: Path, folder: Path) -> tuple[Any, Any]:
+    """Save a repository as its library does; give the torch model and its processor."""
+    import transformers
+
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer),
+        model_max_length=100_000,
+        extra_special_tokens={"image_token": "<image>"},
+        **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "cls", "sep", "unk")},
+    )
+    pictures = transformers.CLIPImageProcessorPil(**SIZES)
+    strategy = both.config["vision_feature_select_strategy"]
+    processor = transformers.LlavaProcessor(
+        pictures, words, patch_size=16, vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(strategy == "default"),
+    )  # fmt: skip
+    vision, text = (getattr(transformers, kind)(**settings) for kind, settings in (both.vision, both.text))
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=words.image_token_id, **both.config
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    randomise(model)
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model.model, processor
+
+
+def reference_both(both: Both, model: Any, processor: Any, picture: bytes | None, text: str) -> Float32:
+    """Embed one input by the library; a text that is too long is cut, but for what the template has after it."""
+    import torch
+    from transformers.image_transforms import convert_to_rgb
+
+    template = both.templates[picture is None]
+    prompt = template.replace("{text}", text)
+    if picture is None:
+        inputs = processor.tokenizer(prompt, truncation=False, return_tensors="pt")
+    else:
+        pixels = convert_to_rgb(Image.open(io.BytesIO(picture)), return_numpy=True)
+        inputs = processor(images=Image.fromarray(pixels), text=prompt, truncation=False, return_tensors="pt")
+    ids = inputs["input_ids"]
+    tail = processor.tokenizer(template.partition("{text}")[2], return_tensors="pt")["input_ids"].shape[1] - 1
+    tail += 35 if "<image>" in template.partition("{text}")[2] else 0
+    if ids.shape[1] > READS:
+        ids = torch.cat([ids[:, : READS - tail], ids[:, -tail:]], dim=1)
+    given = {"pixel_values": inputs["pixel_values"]} if picture else {}
+    with torch.no_grad():
+        hidden = model(input_ids=ids, attention_mask=torch.ones_like(ids), **given).last_hidden_state
+    found: Float32 = (hidden[:, -1] if both.pooling == "last" else hidden.mean(1)).numpy()
+    return found
+
+
+async def test_pictures_with_texts(
+    run: Callable[..., int], randomise: Any,
+    start_mesh: Any, tokenizer: Path, texts: list[str], home: Path, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    loaded = {}
+    for name, both in BOTH.items():
+        loaded[name] = save_both(randomise, both, tokenizer, tmp_path / name)
+        options = ("--image-template", both.templates[0], "--text-template", both.templates[1], *both.options)
+        assert run("models", "export", tmp_path / name, "--pooling", both.pooling, *options) == 0, capfd.readouterr()
+    pictures = demo_files("image")[:12]
+    # From nothing to more than is read; the last says what stands for a picture.
+    words = ["", "a", *texts[:9], " ".join(texts), "a <image> and <image>"]
+    spelt = [*words[:-1], "a < image > and < image >"]
+    items: list[embedmesh.Input] = [embedmesh.Image(pictures[i % 12], text) for i, text in enumerate(words)]
+    items += [embedmesh.Image(pictures[0], text) for text in words[1:4]]
+    rows: list[Found] = []
+    models = {
+        f"{modality}_models": tuple(home / f"{name}-{modality}" for name in BOTH) for modality in ("text", "image")
+    }
+    async with start_mesh(**models) as mesh, embedmesh.AsyncClient(mesh.address) as client:
+        infos = {info.name: info for info in await client.list_models()}
+        for name, both in BOTH.items():
+            assert run("models", "show", f"{name}-image") == 0
+            assert "tokens, 36 of them for the picture" in capfd.readouterr().out
+            assert run("models", "verify", f"{name}-image", "--reference", tmp_path / name) == 2
+            assert "verify knows no reference for models that read texts in a template" in capfd.readouterr().err
+            assert infos[f"{name}-image"].reads_text_with_images
+            assert not infos[f"{name}-text"].reads_text_with_images
+            assert infos[f"{name}-image"].space == infos[f"{name}-text"].space
+            spoilt = embedmesh.Image(pictures[0][:200], "a")
+            # One name, one space: pictures with texts, and texts.
+            answer = await client.embed([*items, spoilt, *words], model=name, cache="bypass")
+            broken = answer.results[len(items)]
+            assert isinstance(broken.error, embedmesh.UndecodableInput)
+            assert [answer.results[i].truncated for i in (1, 11)] == [False, True]
+            kept = [result.vector for result in answer.results if result.error is None]
+            together = np.stack([vector for vector in kept if vector is not None])
+            alone = [
+                (await client.embed([item], model=name, cache="bypass")).vectors[0]
+                for item in (*items[::3], *words[::3])
+            ]
+            places = [*range(0, len(items), 3), *range(len(items), len(items) + len(words), 3)]
+            theirs = [reference_both(both, *loaded[name], pictures[i % 12], text) for i, text in enumerate(spelt)]
+            theirs += [reference_both(both, *loaded[name], pictures[0], text) for text in words[1:4]]
+            theirs += [reference_both(both, *loaded[name], None, text) for text in spelt]
+            found = np.concatenate(theirs)
+            company = float(np.abs(unit(np.stack(alone)) - unit(together)[places]).max())
+            for what, part in (("image with text", slice(len(items))), ("text", slice(len(items), None))):
+                layout = load_spec(home / f"{name}-{what.split()[0]}").graph.layout
+                title = f"{both.title}, {what}"
+                likest = likeness(found[part])
+                rows.append(Found(title, layout, cosine(together[part], found[part]), company, likest))
+            lengths = np.linalg.norm(together, axis=1) / np.linalg.norm(found, axis=1)
+            assert np.abs(np.linalg.norm(together, axis=1) - 1 if both.options else lengths - 1).max() < 1e-4
+    assert not [each for each in rows if not each.fine], rows
+    keep("pictures with texts", rows)
+
+
 # --- what is refused, and what else may be wished -------------------------------------------------
 
 
@@ -838,6 +998,48 @@ def test_refused(run: Callable[..., int], case: str, bert: Path, home: Path, cap
     spoil, sentence = REFUSED[case]
     spoil(bert)
     assert run("models", "export", bert) != 0
+    assert sentence in capfd.readouterr().err
+    assert not list(home.glob("*"))
+
+
+LLAVA = {
+    "model_type": "llava", "vision_config": {"model_type": "clip_vision_model"}, "text_config": {"model_type": "llama"}
+}  # fmt: skip
+TEMPLATES = ("--image-template", "<image>{text}", "--text-template", "{text}")
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "sentence"),
+    [
+        (LLAVA, (), "small reads pictures with texts, and no file says how they become one vector: name it with"),
+        (
+            LLAVA,
+            ("--pooling", "last"),
+            "--image-template such as $'USER: <image>\\n{text} ASSISTANT:', --text-template",
+        ),
+        (LLAVA, TEMPLATES, "--pooling (mostly last)"),
+        (LLAVA, TEMPLATES[:2], "--image-template and --text-template belong together"),
+        (
+            {**LLAVA, "vision_config": {"model_type": "pixtral"}},
+            ("--pooling", "last", *TEMPLATES),
+            "small puts a pixtral and a llama together: of the former only clip_vision_model",
+        ),
+        (
+            {**LLAVA, "model_type": "qwen2_vl"},
+            (),
+            "small is a qwen2_vl, which reads pictures in a way that is not known",
+        ),
+        ({"model_type": "bert"}, ("--pooling", "cls", *TEMPLATES), "small reads no pictures with texts: leave --image"),
+    ],
+)
+def test_pictures_with_texts_are_refused_before_anything_is_loaded(
+    run: Callable[..., int],
+    config: Mapping[str, Any], options: Sequence[str], sentence: str, home: Path, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
+    assert run("models", "export", tmp_path / "small", *options) != 0
     assert sentence in capfd.readouterr().err
     assert not list(home.glob("*"))
 

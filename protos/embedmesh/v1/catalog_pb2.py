@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from embedmesh.v1 import embedding_pb2 as embedmesh_dot_v1_dot_embedding__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65mbedmesh/v1/catalog.proto\x12\x0c\x65mbedmesh.v1\x1a\x1c\x65mbedmesh/v1/embedding.proto\"\xd0\x03\n\tModelInfo\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.embedmesh.v1.ModelRef\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12(\n\x08modality\x18\x03 \x01(\x0e\x32\x16.embedmesh.v1.Modality\x12*\n\x05kinds\x18\x04 \x03(\x0e\x32\x1b.embedmesh.v1.EmbeddingKind\x12\x12\n\ndimensions\x18\x05 \x01(\r\x12\x1e\n\x16truncatable_dimensions\x18\x06 \x03(\r\x12\x17\n\x0fmax_input_units\x18\x07 \x01(\r\x12\x12\n\nmax_inputs\x18\x08 \x01(\r\x12\x12\n\nis_default\x18\t \x01(\x08\x12\r\n\x05ready\x18\n \x01(\x08\x12\x12\n\nnormalized\x18\x0b \x01(\x08\x12\x33\n\x06limits\x18\x0c \x03(\x0b\x32#.embedmesh.v1.ModelInfo.LimitsEntry\x12\x19\n\x11sparse_dimensions\x18\r \x01(\r\x12\x1f\n\x17multi_vector_dimensions\x18\x0e \x01(\r\x1a-\n\x0bLimitsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.embedmesh.v1.ModelInfo*_\n\x08Modality\x12\x18\n\x14MODALITY_UNSPECIFIED\x10\x00\x12\x11\n\rMODALITY_TEXT\x10\x01\x12\x12\n\x0eMODALITY_IMAGE\x10\x02\x12\x12\n\x0eMODALITY_AUDIO\x10\x03\x32_\n\x0cModelCatalog\x12O\n\nListModels\x12\x1f.embedmesh.v1.ListModelsRequest\x1a .embedmesh.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65mbedmesh/v1/catalog.proto\x12\x0c\x65mbedmesh.v1\x1a\x1c\x65mbedmesh/v1/embedding.proto\"\xf0\x03\n\tModelInfo\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x16.embedmesh.v1.ModelRef\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12(\n\x08modality\x18\x03 \x01(\x0e\x32\x16.embedmesh.v1.Modality\x12*\n\x05kinds\x18\x04 \x03(\x0e\x32\x1b.embedmesh.v1.EmbeddingKind\x12\x12\n\ndimensions\x18\x05 \x01(\r\x12\x1e\n\x16truncatable_dimensions\x18\x06 \x03(\r\x12\x17\n\x0fmax_input_units\x18\x07 \x01(\r\x12\x12\n\nmax_inputs\x18\x08 \x01(\r\x12\x12\n\nis_default\x18\t \x01(\x08\x12\r\n\x05ready\x18\n \x01(\x08\x12\x12\n\nnormalized\x18\x0b \x01(\x08\x12\x33\n\x06limits\x18\x0c \x03(\x0b\x32#.embedmesh.v1.ModelInfo.LimitsEntry\x12\x19\n\x11sparse_dimensions\x18\r \x01(\r\x12\x1f\n\x17multi_vector_dimensions\x18\x0e \x01(\r\x12\x1e\n\x16reads_text_with_images\x18\x0f \x01(\x08\x1a-\n\x0bLimitsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.embedmesh.v1.ModelInfo*_\n\x08Modality\x12\x18\n\x14MODALITY_UNSPECIFIED\x10\x00\x12\x11\n\rMODALITY_TEXT\x10\x01\x12\x12\n\x0eMODALITY_IMAGE\x10\x02\x12\x12\n\x0eMODALITY_AUDIO\x10\x03\x32_\n\x0cModelCatalog\x12O\n\nListModels\x12\x1f.embedmesh.v1.ListModelsRequest\x1a .embedmesh.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,16 +34,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODELINFO_LIMITSENTRY']._loaded_options = None
   _globals['_MODELINFO_LIMITSENTRY']._serialized_options = b'8\001'
-  _globals['_MODALITY']._serialized_start=625
-  _globals['_MODALITY']._serialized_end=720
+  _globals['_MODALITY']._serialized_start=657
+  _globals['_MODALITY']._serialized_end=752
   _globals['_MODELINFO']._serialized_start=75
-  _globals['_MODELINFO']._serialized_end=539
-  _globals['_MODELINFO_LIMITSENTRY']._serialized_start=494
-  _globals['_MODELINFO_LIMITSENTRY']._serialized_end=539
-  _globals['_LISTMODELSREQUEST']._serialized_start=541
-  _globals['_LISTMODELSREQUEST']._serialized_end=560
-  _globals['_LISTMODELSRESPONSE']._serialized_start=562
-  _globals['_LISTMODELSRESPONSE']._serialized_end=623
-  _globals['_MODELCATALOG']._serialized_start=722
-  _globals['_MODELCATALOG']._serialized_end=817
+  _globals['_MODELINFO']._serialized_end=571
+  _globals['_MODELINFO_LIMITSENTRY']._serialized_start=526
+  _globals['_MODELINFO_LIMITSENTRY']._serialized_end=571
+  _globals['_LISTMODELSREQUEST']._serialized_start=573
+  _globals['_LISTMODELSREQUEST']._serialized_end=592
+  _globals['_LISTMODELSRESPONSE']._serialized_start=594
+  _globals['_LISTMODELSRESPONSE']._serialized_end=655
+  _globals['_MODELCATALOG']._serialized_start=754
+  _globals['_MODELCATALOG']._serialized_end=849
 # @@protoc_insertion_point(module_scope)

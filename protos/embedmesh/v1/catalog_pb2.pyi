@@ -79,6 +79,7 @@ class ModelInfo(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     SPARSE_DIMENSIONS_FIELD_NUMBER: _builtins.int
     MULTI_VECTOR_DIMENSIONS_FIELD_NUMBER: _builtins.int
+    READS_TEXT_WITH_IMAGES_FIELD_NUMBER: _builtins.int
     family: _builtins.str
     """Name under which the towers of several modalities answer together."""
     modality: Global___Modality.ValueType
@@ -104,6 +105,8 @@ class ModelInfo(_message.Message):
     """
     multi_vector_dimensions: _builtins.int
     """Width of each row of a multi-vector; 0 when the model makes none."""
+    reads_text_with_images: _builtins.bool
+    """True for a model of pictures that reads ImageInput.text."""
     @_builtins.property
     def model(self) -> _embedding_pb2.ModelRef: ...
     @_builtins.property
@@ -135,10 +138,11 @@ class ModelInfo(_message.Message):
         limits: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         sparse_dimensions: _builtins.int = ...,
         multi_vector_dimensions: _builtins.int = ...,
+        reads_text_with_images: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dimensions", b"dimensions", "family", b"family", "is_default", b"is_default", "kinds", b"kinds", "limits", b"limits", "max_input_units", b"max_input_units", "max_inputs", b"max_inputs", "modality", b"modality", "model", b"model", "multi_vector_dimensions", b"multi_vector_dimensions", "normalized", b"normalized", "ready", b"ready", "sparse_dimensions", b"sparse_dimensions", "truncatable_dimensions", b"truncatable_dimensions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dimensions", b"dimensions", "family", b"family", "is_default", b"is_default", "kinds", b"kinds", "limits", b"limits", "max_input_units", b"max_input_units", "max_inputs", b"max_inputs", "modality", b"modality", "model", b"model", "multi_vector_dimensions", b"multi_vector_dimensions", "normalized", b"normalized", "reads_text_with_images", b"reads_text_with_images", "ready", b"ready", "sparse_dimensions", b"sparse_dimensions", "truncatable_dimensions", b"truncatable_dimensions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from embedmesh.v1 import embedding_pb2 as embedmesh_dot_v1_dot_embedding__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65mbedmesh/v1/image.proto\x12\x0c\x65mbedmesh.v1\x1a\x1c\x65mbedmesh/v1/embedding.proto\"(\n\nImageInput\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0cJ\x04\x08\x02\x10\x03R\x03uri\"\xd1\x01\n\x11\x45mbedImageRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x06inputs\x18\x02 \x03(\x0b\x32\x18.embedmesh.v1.ImageInput\x12+\n\x06output\x18\x03 \x01(\x0b\x32\x1b.embedmesh.v1.OutputOptions\x12,\n\ntruncation\x18\x04 \x01(\x0e\x32\x18.embedmesh.v1.Truncation\x12(\n\x08priority\x18\x05 \x01(\x0e\x32\x16.embedmesh.v1.Priority\"\x8c\x01\n\x12\x45mbedImageResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.embedmesh.v1.ModelRef\x12*\n\x07results\x18\x02 \x03(\x0b\x32\x19.embedmesh.v1.EmbedResult\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.embedmesh.v1.Usage2_\n\x0cImageEncoder\x12O\n\nEmbedImage\x12\x1f.embedmesh.v1.EmbedImageRequest\x1a .embedmesh.v1.EmbedImageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65mbedmesh/v1/image.proto\x12\x0c\x65mbedmesh.v1\x1a\x1c\x65mbedmesh/v1/embedding.proto\"K\n\nImageInput\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x13\n\x0binstruction\x18\x04 \x01(\tJ\x04\x08\x02\x10\x03R\x03uri\"\xd1\x01\n\x11\x45mbedImageRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x06inputs\x18\x02 \x03(\x0b\x32\x18.embedmesh.v1.ImageInput\x12+\n\x06output\x18\x03 \x01(\x0b\x32\x1b.embedmesh.v1.OutputOptions\x12,\n\ntruncation\x18\x04 \x01(\x0e\x32\x18.embedmesh.v1.Truncation\x12(\n\x08priority\x18\x05 \x01(\x0e\x32\x16.embedmesh.v1.Priority\"\x8c\x01\n\x12\x45mbedImageResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.embedmesh.v1.ModelRef\x12*\n\x07results\x18\x02 \x03(\x0b\x32\x19.embedmesh.v1.EmbedResult\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.embedmesh.v1.Usage2_\n\x0cImageEncoder\x12O\n\nEmbedImage\x12\x1f.embedmesh.v1.EmbedImageRequest\x1a .embedmesh.v1.EmbedImageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,11 +33,11 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'embedmesh.v1.image_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_IMAGEINPUT']._serialized_start=72
-  _globals['_IMAGEINPUT']._serialized_end=112
-  _globals['_EMBEDIMAGEREQUEST']._serialized_start=115
-  _globals['_EMBEDIMAGEREQUEST']._serialized_end=324
-  _globals['_EMBEDIMAGERESPONSE']._serialized_start=327
-  _globals['_EMBEDIMAGERESPONSE']._serialized_end=467
-  _globals['_IMAGEENCODER']._serialized_start=469
-  _globals['_IMAGEENCODER']._serialized_end=564
+  _globals['_IMAGEINPUT']._serialized_end=147
+  _globals['_EMBEDIMAGEREQUEST']._serialized_start=150
+  _globals['_EMBEDIMAGEREQUEST']._serialized_end=359
+  _globals['_EMBEDIMAGERESPONSE']._serialized_start=362
+  _globals['_EMBEDIMAGERESPONSE']._serialized_end=502
+  _globals['_IMAGEENCODER']._serialized_start=504
+  _globals['_IMAGEENCODER']._serialized_end=599
 # @@protoc_insertion_point(module_scope)

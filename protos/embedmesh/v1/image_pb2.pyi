@@ -24,18 +24,32 @@ class ImageInput(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTENT_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    INSTRUCTION_FIELD_NUMBER: _builtins.int
     content: _builtins.bytes
     """The bytes of an encoded picture (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF); the
     format is found by content. Orientation in EXIF is honoured.
+    """
+    text: _builtins.str
+    """Read together with the picture, into one vector, by models whose
+    ModelInfo.reads_text_with_images says so. Others answer an input that has it with
+    INVALID_REQUEST. Empty: the picture alone. A text alone is a TextInput, which goes
+    to the text tower of the same family. At most ModelInfo.limits "text_bytes".
+    """
+    instruction: _builtins.str
+    """Free instruction put before the text in place of the model's own; only where
+    `text` is read.
     """
     def __init__(
         self,
         *,
         content: _builtins.bytes = ...,
+        text: _builtins.str = ...,
+        instruction: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "instruction", b"instruction", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -53,7 +67,7 @@ class EmbedImageRequest(_message.Message):
     model: _builtins.str
     """Name of the model, "name@revision" to pin it; empty means the node's default."""
     truncation: _embedding_pb2.Truncation.ValueType
-    """Pictures are resized, not cut: kept for models that read tiles or frames."""
+    """Of the text beside a picture. Pictures are resized, not cut."""
     priority: _embedding_pb2.Priority.ValueType
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageInput]: ...

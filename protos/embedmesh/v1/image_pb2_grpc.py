@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ImageEncoderStub(object):
-    """Turns pictures into vectors. Most callers want Gateway.Embed.
+    """Turns pictures into vectors, and pictures with texts where a model reads both together.
+    Most callers want Gateway.Embed.
     """
 
     def __init__(self, channel):
@@ -43,7 +44,8 @@ class ImageEncoderStub(object):
 
 
 class ImageEncoderServicer(object):
-    """Turns pictures into vectors. Most callers want Gateway.Embed.
+    """Turns pictures into vectors, and pictures with texts where a model reads both together.
+    Most callers want Gateway.Embed.
     """
 
     def EmbedImage(self, request, context):
@@ -70,7 +72,8 @@ def add_ImageEncoderServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ImageEncoder(object):
-    """Turns pictures into vectors. Most callers want Gateway.Embed.
+    """Turns pictures into vectors, and pictures with texts where a model reads both together.
+    Most callers want Gateway.Embed.
     """
 
     @staticmethod

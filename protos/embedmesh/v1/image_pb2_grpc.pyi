@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ImageEncoderStub:
-    """Turns pictures into vectors. Most callers want Gateway.Embed."""
+    """Turns pictures into vectors, and pictures with texts where a model reads both together.
+    Most callers want Gateway.Embed.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -38,14 +40,18 @@ class ImageEncoderStub:
 
 @_typing.type_check_only
 class ImageEncoderAsyncStub(ImageEncoderStub):
-    """Turns pictures into vectors. Most callers want Gateway.Embed."""
+    """Turns pictures into vectors, and pictures with texts where a model reads both together.
+    Most callers want Gateway.Embed.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     EmbedImage: _aio.UnaryUnaryMultiCallable[_image_pb2.EmbedImageRequest, _image_pb2.EmbedImageResponse]  # type: ignore[assignment]
     """Embeds up to ModelInfo.max_inputs pictures. results[i] answers inputs[i]."""
 
 class ImageEncoderServicer(metaclass=_abc_1.ABCMeta):
-    """Turns pictures into vectors. Most callers want Gateway.Embed."""
+    """Turns pictures into vectors, and pictures with texts where a model reads both together.
+    Most callers want Gateway.Embed.
+    """
 
     @_abc_1.abstractmethod
     def EmbedImage(

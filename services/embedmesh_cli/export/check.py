@@ -12,6 +12,7 @@ from embedmesh_cli.console import UserError
 from embedmesh_cli.likeness import LEAST_COSINE, MOST_APART, Vectors, join
 from embedmesh_cli.likeness import compare as compare_vectors
 from embedmesh_cli.local import LocalModel, demo_files, demo_texts
+from embedmesh_encoder.image import ImageItem
 from embedmesh_encoder.modalities import MODALITIES
 from embedmesh_encoder.model import ModelSpec
 from embedmesh_encoder.preparation import Prepared
@@ -88,7 +89,10 @@ def _samples(spec: ModelSpec) -> Sequence[Any]:
     if spec.modality == "text":
         roles = (text_pb2.TEXT_ROLE_UNSPECIFIED, text_pb2.TEXT_ROLE_QUERY)
         return [TextItem(text, role) for text, role in zip(_texts(), itertools.cycle(roles), strict=False)]
-    return [MODALITIES[spec.modality].item(content) for content in demo_files(spec.modality)[:_MOST_FILES]]
+    files = demo_files(spec.modality)[:_MOST_FILES]
+    if spec.text:
+        return [ImageItem(content, text) for content, text in zip(files, ["", *_texts()], strict=False)]
+    return [MODALITIES[spec.modality].item(content) for content in files]
 
 
 def _texts() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace as replaced
 from enum import StrEnum
 from typing import Annotated
 
@@ -67,6 +68,17 @@ def export(
     kinds: Kinds = None,
     normalize: Normalize = None,
     max_units: MaxUnits = None,
+    image_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEMPLATE",
+            help="Of a model that reads pictures with texts: its prompt, with the token of a picture and {text} in it.",
+        ),
+    ] = None,
+    text_template: Annotated[
+        str | None,
+        typer.Option(metavar="TEMPLATE", help="Likewise, for texts without a picture: with {text} alone."),
+    ] = None,
     library_code: Annotated[
         bool,
         typer.Option(
@@ -90,11 +102,17 @@ def export(
     depths = _numbers("--layers", layers, least=1) or (0,)
     # Slow to import, and only this command needs them.
     from embedmesh_cli.export.make import export_models  # noqa: PLC0415
+    from embedmesh_cli.pull.recipe import Templates  # noqa: PLC0415
     from embedmesh_cli.pull.repository import open_repository  # noqa: PLC0415
 
     console = plain_console()
     repository = open_repository(source, endpoint=endpoint, cache=cache_dir, offline=offline)
-    wishes = read_wishes(pooling=pooling, normalize=normalize, max_units=max_units, kinds=kinds)
+    if (image_template is None) is not (text_template is None):
+        raise UserError("--image-template and --text-template belong together.", USAGE)
+    templates = Templates(image_template, text_template) if image_template and text_template else None
+    wishes = replaced(
+        read_wishes(pooling=pooling, normalize=normalize, max_units=max_units, kinds=kinds), templates=templates
+    )
     specs = []
     for kept in depths:
         choice = Layers(kept, averaged)

@@ -17,6 +17,7 @@ from embedmesh_cli.export.check import Reference, compare
 from embedmesh_cli.export.graph import OPSET, Plan, write_graph
 from embedmesh_cli.export.heads import SpladeEncoder, TokenHeads, read_layers
 from embedmesh_cli.export.packed import FAMILIES, plan_packed
+from embedmesh_cli.export.pictures import PICTURES, check_pictures, language_of, of_picture, plan_pictures
 from embedmesh_cli.export.towers import TOWERS, of_tower, plan_towers
 from embedmesh_cli.export.weights import Loaded, load_model
 from embedmesh_cli.home import models_home
@@ -123,14 +124,25 @@ class _Made:
 def _make(
     repository: Repository, wishes: Wishes, layers: Layers, layout: Layout, *, library_code: bool, console: Console
 ) -> _Made:
-    kind = str(read_json(repository, "config.json").get("model_type"))
-    towers = kind in TOWERS and "modules.json" not in repository.files
-    if towers and layers.suffix:
+    config = read_json(repository, "config.json")
+    kind = str(config.get("model_type"))
+    alone = "modules.json" not in repository.files
+    towers, pictures = kind in TOWERS and alone, kind in PICTURES and alone
+    if "vision_config" in config and alone and not towers and not pictures:
+        raise UserError(
+            f"{repository.name} is a {kind}, which reads pictures in a way that is not known: of models with a "
+            f"vision_config only {', '.join(sorted(PICTURES))}, clip and siglip are."
+        )
+    if (towers or pictures) and layers.suffix:
         raise UserError(
             f"{repository.name} is a {kind}, and only text models of one tower have layers to choose.", USAGE
         )
     # Before anything large is fetched: whether the rest is there.
-    pipeline = None if towers else read_pipeline(repository, wishes)
+    if pictures:
+        check_pictures(repository, wishes)
+    elif wishes.templates:
+        raise UserError(f"{repository.name} reads no pictures with texts: leave --image-template out.", USAGE)
+    pipeline = None if towers or pictures else read_pipeline(repository, wishes)
     if pipeline and pipeline.splade and layers.suffix:
         raise UserError(f"{repository.name} makes its sparse vectors of the last layer: leave the others in.", USAGE)
     if pipeline and pipeline.static:
@@ -147,6 +159,15 @@ def _make(
             library_code=library_code,
             masked=bool(pipeline and pipeline.splade),
         )
+    if pictures:
+        plans, found = plan_pictures(repository, loaded, wishes)
+        language, texts = language_of(loaded), Pipeline("", wishes.pooling)
+        heads = TokenHeads(repository, texts, language)
+        references = {
+            "image": of_picture(loaded, wishes.pooling),
+            "text": _of_text(language, texts, torch.nn.Identity(), heads),
+        }
+        return _Made(list(plans.values()), references, found, loaded.files, loaded.layers)
     if pipeline is None:
         plans = plan_towers(repository, loaded, wishes)
         references = {modality: of_tower(plan) for modality, plan in plans.items()}

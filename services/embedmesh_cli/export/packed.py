@@ -23,7 +23,7 @@ from embedmesh_cli.export.heads import TokenHeads
 from embedmesh_cli.export.weights import Loaded
 from embedmesh_encoder.pooling import Pooling
 
-__all__ = ["FAMILIES", "plan_packed"]
+__all__ = ["FAMILIES", "plan_packed", "pool_segments"]
 
 _OUTPUT: Final = "sentence_embedding"
 
@@ -94,7 +94,7 @@ class _PackedEncoder(torch.nn.Module):
         others = tuple(self.heads(hidden))
         if not self._pooling:
             return others
-        return (self.head(_pool(self._pooling, hidden, position_ids, segment_ids)), *others)
+        return (self.head(pool_segments(self._pooling, hidden, position_ids, segment_ids)), *others)
 
 
 @contextmanager
@@ -182,7 +182,7 @@ def _relative(biases: Sequence[_Bias], positions: Any) -> Iterator[None]:
             delattr(bias.part, bias.method)
 
 
-def _pool(ways: Sequence[Pooling], hidden: Any, positions: Any, segments: Any) -> Any:
+def pool_segments(ways: Sequence[Pooling], hidden: Any, positions: Any, segments: Any) -> Any:
     """Pool hidden states [rows, width, d] over segments, as `embedmesh_encoder.pooling` does over rows."""
     tokens = hidden.reshape(-1, hidden.shape[-1])
     position, segment = positions.reshape(1, -1), segments.reshape(1, -1)

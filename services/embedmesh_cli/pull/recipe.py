@@ -29,7 +29,7 @@ from embedmesh_encoder.pooling import Pooling
 
 __all__ = [
     "COLBERT_HEAD", "LEXICAL_HEAD", "LEXICAL_OUTPUT", "ROWS_OUTPUT", "SPLADE_OUTPUT",
-    "Pipeline", "Splade", "Tower", "Wishes", "find_towers", "is_static", "model_type", "read_pipeline",
+    "Pipeline", "Splade", "Templates", "Tower", "Wishes", "find_towers", "is_static", "model_type", "read_pipeline",
 ]  # fmt: skip
 
 # Outputs of graphs that `embedmesh models export` makes, beside the dense vector's.
@@ -96,6 +96,29 @@ _ENDLESS: Final = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
+class Templates:
+    """What stands around texts of a model that reads them with pictures, too.
+
+    Attributes:
+        image: With the token of a picture, and {text}.
+        text: With {text} alone.
+        token: Of a picture.
+        tokens: How many of them a picture becomes.
+    """
+
+    image: str
+    text: str
+    token: str = ""
+    tokens: int = 0
+
+    def of(self, modality: str) -> dict[str, Any]:
+        """Give what the manifest of a tower says of them."""
+        if modality == "text":
+            return {"template": self.text, "image_token": self.token}
+        return {"template": self.image, "image_token": self.token, "image_tokens": self.tokens}
+
+
+@dataclass(frozen=True, slots=True)
 class Wishes:
     """What the caller says where the repository does not.
 
@@ -106,6 +129,7 @@ class Wishes:
         max_units: The longest input.
         splade: Whether it is a masked-language model to be pooled as SPLADE does.
         kinds: Kinds of vector to make, where that is not for the repository to say.
+        templates: Of a model that reads pictures with texts.
     """
 
     file: str | None = None
@@ -114,6 +138,7 @@ class Wishes:
     max_units: int | None = None
     splade: bool = False
     kinds: tuple[str, ...] = ()
+    templates: Templates | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +314,7 @@ def _text_tower(repository: Repository, pipeline: Pipeline, wishes: Wishes) -> T
         **{key: tables[key] for key in ("dimensions", "truncatable_dimensions", "normalized") if key in tables},
         "max_input_units": limit,
         "precision": graph.precision,
-        "graph": _graph_table(graph, "text", output, tables.pop("pooling", "graph")),
+        "graph": _graph_table(graph, output, tables.pop("pooling", "graph")),
         "text": text,
         **({"head": head} if head else {}),
         **{key: tables[key] for key in ("sparse", "multi_vector") if key in tables},
@@ -601,10 +626,10 @@ def _is_packed(graph: Graph) -> bool:
     return set(graph.inputs) == _PACKED
 
 
-def _graph_table(graph: Graph, modality: str, output: str, pooling: str | list[Pooling]) -> dict[str, Any]:
+def _graph_table(graph: Graph, output: str, pooling: str | list[Pooling]) -> dict[str, Any]:
     if _is_packed(graph):
         return {"file": graph.file, "layout": "packed", "output": output}
-    layout = "padded" if modality == "text" else "stacked"
+    layout = "padded" if "input_ids" in graph.inputs else "stacked"
     return {
         "file": graph.file, "layout": layout, "inputs": list(graph.inputs), "output": output, "pooling": pooling,
     }  # fmt: skip
@@ -672,22 +697,26 @@ def _tower(repository: Repository, file: str, wishes: Wishes) -> Tower:
     graph = _checked(repository, file, wishes)
     inputs = set(graph.inputs)
     sounds = inputs.intersection(_SOUNDS)
-    if ("input_ids" in inputs) + (_PIXELS in inputs) + bool(sounds) != 1:
+    both = {"input_ids", _PIXELS} <= inputs and wishes.templates is not None
+    if ("input_ids" in inputs) + (_PIXELS in inputs) + bool(sounds) != 1 + both:
         raise UserError(
             f"{file} of {repository.name} takes {', '.join(graph.inputs)}: the encoder wants a graph for each of text, "
             "images and sounds."
         )
-    modality = "text" if "input_ids" in inputs else "image" if _PIXELS in inputs else "audio"
+    modality = "image" if _PIXELS in inputs else "text" if "input_ids" in inputs else "audio"
     output, pooling, width = _output(repository, graph, wishes)
     notes: list[str] = []
-    if modality == "text":
-        table, limit, notes = _text(repository, Pipeline("", wishes.pooling), wishes)
+    tables: dict[str, dict[str, Any]] = {}
+    limit = 0
+    if modality != "text":
+        tables[modality], limit = _image(repository, wishes) if modality == "image" else _audio(repository, wishes)
+    if "input_ids" in inputs:
+        tables["text"], limit, notes = _text(repository, Pipeline("", wishes.pooling), wishes)
         if model_type(repository) == "siglip":
-            table["pad"] = "max_input_units"  # it was trained on padding, and told of no mask
-        asset = table["tokenizer"]
-    else:
-        table, limit = _image(repository, wishes) if modality == "image" else _audio(repository, wishes)
-        asset = table["processor"]
+            tables["text"]["pad"] = "max_input_units"  # it was trained on padding, and told of no mask
+        if wishes.templates:
+            tables["text"] |= wishes.templates.of(modality)
+    assets = [table.get("processor") or table["tokenizer"] for table in tables.values()]
     dimensions = width * (len(pooling) if isinstance(pooling, list) else 1)
     manifest = {
         "modality": modality,
@@ -697,10 +726,10 @@ def _tower(repository: Repository, file: str, wishes: Wishes) -> Tower:
         "normalized": output in _TOWER_OUTPUTS if wishes.normalize is None else wishes.normalize,
         "max_input_units": limit,
         "precision": graph.precision,
-        "graph": _graph_table(graph, modality, output, pooling),
-        modality: table,
+        "graph": _graph_table(graph, output, pooling),
+        **tables,
     }
-    return Tower(graph, modality, manifest, [*graph.files, asset], notes)
+    return Tower(graph, modality, manifest, [*graph.files, *assets], notes)
 
 
 def _output(repository: Repository, graph: Graph, wishes: Wishes) -> tuple[str, str | list[Pooling], int]:
@@ -861,6 +890,8 @@ def _matryoshka(repository: Repository, prefix: str, dimensions: int) -> dict[st
 def _processor(repository: Repository) -> tuple[str, dict[str, Any]]:
     file = "preprocessor_config.json"
     config = read_json(repository, file)
+    if not config and "image_processor" in (both := read_json(repository, "processor_config.json")):
+        return "processor_config.json", both["image_processor"]  # newer versions write one file for pictures and texts
     if not config:
         raise UserError(f"{repository.name} has no {file}, which says how its inputs are prepared.", FAILED)
     return file, config
@@ -875,7 +906,10 @@ def _image(repository: Repository, wishes: Wishes) -> tuple[dict[str, Any], int]
     patch, extra = _PATCHES.get(model_type(repository), (0, 0))
     patch = model.get("patch_size", patch) if patch else 0
     units = (height // patch) * (width // patch) + extra if patch else math.ceil(height * width / 256)
-    if processor.output_size(300, 400) != (height, width) and not wishes.max_units:
+    any_size = processor.output_size(300, 400) != (height, width)
+    if any_size and wishes.templates:
+        raise UserError(f"{repository.name} reads pictures of any size with texts, which the encoder cannot.")
+    if any_size and not wishes.max_units:
         raise UserError(f"{repository.name} reads pictures of any size: name the largest with --max-units.", USAGE)
     return {"processor": file, "patch_size": patch, "extra_tokens": extra}, wishes.max_units or units
 

@@ -84,6 +84,12 @@ def load_reference(spec: ModelSpec, wanted: str | None) -> Reference:
     Raises:
         UserError: It cannot be had, or a library is missing.
     """
+    if spec.text and spec.text.template:
+        raise UserError(
+            f"verify knows no reference for models that read texts in a template, as {spec.name} does: it was held "
+            "against torch when it was exported; see to its files with --no-reference.",
+            USAGE,
+        )
     where, revision = _original(spec, wanted)
     try:
         import sentence_transformers  # type: ignore[import-not-found]  # noqa: PLC0415

@@ -18,6 +18,7 @@ from embedmesh_encoder.head import Head
 from embedmesh_encoder.model import ModelError, ModelSpec
 from embedmesh_encoder.pooling import Sparse, lexical, nonzero, pool, splade
 from embedmesh_encoder.preparation import Others, Prepared
+from embedmesh_encoder.text.template import TemplatedTokenizer
 from embedmesh_encoder.text.tokens import Tokens, WindowedTokenizer
 
 __all__ = [
@@ -114,7 +115,7 @@ class TextPreparer:
         """Load the tokenizer.
 
         Args:
-            spec: A text model.
+            spec: A text model, or one of pictures that reads texts with them.
             max_text_bytes: Most bytes of UTF-8 of a text and its instruction together.
             row_width: Most tokens of a packed row (a longer text still gets a row); 0 packs one row.
             row_multiple: Rows are filled up to a multiple of this, for backends that want few
@@ -133,11 +134,16 @@ class TextPreparer:
         if self._has_spans:
             self.limits = {**self.limits, "text_spans": MAX_SPANS}
         self._max_units = spec.max_input_units
-        self._tokenizer = WindowedTokenizer(
-            spec.path(spec.text.tokenizer),
-            spec.max_input_units,
-            extra_special_tokens=spec.text.extra_special_tokens,
-            add_special_tokens=spec.text.add_special_tokens,
+        path = spec.path(spec.text.tokenizer)
+        self._tokenizer = (
+            TemplatedTokenizer(path, spec.max_input_units, spec.text)
+            if spec.text.template
+            else WindowedTokenizer(
+                path,
+                spec.max_input_units,
+                extra_special_tokens=spec.text.extra_special_tokens,
+                add_special_tokens=spec.text.add_special_tokens,
+            )
         )
         self._prompts = {
             text_pb2.TEXT_ROLE_QUERY: spec.text.query_prompt,
@@ -436,7 +442,7 @@ class TextPreparer:
             "token_type_ids": np.zeros(shape, np.int64),
             "position_ids": np.broadcast_to(np.arange(shape[1]), shape),
         }
-        return {name: feeds[name] for name in self._graph.inputs}
+        return {name: feeds[name] for name in self._graph.inputs if name in feeds}  # pictures are not made here
 
 
 def _check_instructions(item: TextItem) -> None:
