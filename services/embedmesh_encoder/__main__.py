@@ -239,7 +239,7 @@ async def _serve(settings: EncoderSettings, modality: str, machine: Machine, spa
     await asyncio.wait((running, *tasks), return_when=asyncio.FIRST_COMPLETED)
     status, left = 0, ""
     if running.done():
-        pass
+        pass  # stopped before anything was served
     elif models.encoders or settings.models:
         watching = _watch(node, kind.service, models, settings.stall_seconds, changed)
         tasks += [asyncio.create_task(keeper.run()), asyncio.create_task(watching)]

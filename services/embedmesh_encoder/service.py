@@ -196,8 +196,8 @@ class Models:
         encoder = self.encoder(spec)
         if encoder is None:
             raise NotReady(
-                f'model "{spec.name}" (revision {spec.revision}) is not loaded: it loads, or the log of its encoder '
-                "says why it cannot be",
+                f'model "{spec.name}" (revision {spec.revision}) is not loaded: it is loading, or the '
+                "log of its encoder says why it cannot be",
                 retry_after=1.0,
                 metadata={"model": spec.name},
             )
