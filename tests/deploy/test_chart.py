@@ -341,7 +341,7 @@ def test_a_folder_of_models_is_followed(render: Any) -> None:
     for name, spec, _ in pods(render(CHART / "ci/external-redis-pvc.yaml")):
         args = spec["containers"][0].get("args", [])
         if name.endswith("text"):
-            assert [arg for arg in args if "model" in arg] == ["--models=/models", "--default-model=minilm"]
+            assert [arg for arg in args if "model" in arg] == ["--models=/models", "--default-model=all-MiniLM-L6-v2"]
             return
     pytest.fail("no text encoder")
 
