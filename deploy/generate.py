@@ -27,8 +27,8 @@ BEGIN, END = "<!-- values: made by deploy/generate.py -->\n", "<!-- end -->\n"
 
 # The chart gives these itself: addresses, models, and what it learns from other values.
 _OWN: Final = {
-    *("host", "port", "http_port", "ready_file", "model", "tls_cert", "tls_key", "tls_client_ca"),
-    *("tracing", "trace_ratio"),
+    *("host", "port", "http_port", "ready_file", "model", "models"),
+    *("tls_cert", "tls_key", "tls_client_ca", "tracing", "trace_ratio"),
 }
 _OWN_OF_GATEWAY: Final = {
     *("text_target", "image_target", "audio_target", "redis_url", "keys_file"),
@@ -37,9 +37,9 @@ _OWN_OF_GATEWAY: Final = {
 # Kubernetes checks what is in these.
 _FREE: Final = {
     *("annotations", "podAnnotations", "podLabels", "labels", "nodeSelector", "affinity", "behavior", "resources"),
-    *("env", "tolerations", "clients", "metrics", "pullSecrets", "spreadOver", "paths", "command", "args"),
+    *("env", "tolerations", "clients", "metrics", "pullSecrets", "spreadOver", "paths", "folders", "command", "args"),
 }
-_STRINGS: Final = {"pullSecrets", "spreadOver", "paths", "command", "args"}
+_STRINGS: Final = {"pullSecrets", "spreadOver", "paths", "folders", "command", "args"}
 _NAME: Final = "^[a-z]([-a-z0-9]{0,28}[a-z0-9])?$"
 _QUANTITY: Final = r"^([0-9.]+([EPTGMk]i?|m)?)?$"
 # By name of the key, wherever it stands.

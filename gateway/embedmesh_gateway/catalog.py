@@ -147,15 +147,19 @@ class Catalog:
             return
         self._errors[modality] = None
         if models != self._models[modality]:
+            before = {info.model.name for info in self._models[modality]}
             self._models[modality] = models
-            self._show()
+            self._show(before)
             _log.info("%s models", modality, extra={"models": [f"{m.model.name}@{m.model.revision}" for m in models]})
         if not self._was_ready and any(info.ready for info in models):
             self._was_ready = True
             self._on_ready()
 
-    def _show(self) -> None:
+    def _show(self, before: set[str]) -> None:
+        """Show the models of now, and nothing more of those `before` that are gone."""
         self._metrics.model_info.clear()
+        for name in before - {info.model.name for models in self._models.values() for info in models}:
+            self._metrics.truncated_inputs.remove_by_labels({"model": name})
         for modality, models in self._models.items():
             for info in models:
                 ref = info.model

@@ -35,6 +35,8 @@ class MeshOptions:
     text_models: tuple[Path, ...] = ()
     image_models: tuple[Path, ...] = ()
     audio_models: tuple[Path, ...] = ()
+    # Folders of models, from which every encoder takes those of its modality as they come and go.
+    model_folders: tuple[Path, ...] = ()
     # How often the encoder of a modality runs, where not once: {"text": 2}.
     replicas: Mapping[str, int] = field(default_factory=dict)
     host: str = "127.0.0.1"
@@ -238,6 +240,7 @@ class Mesh:
             settings["threads"] = max(1, len(os.sched_getaffinity(0)) // replicas)
         settings |= {**getattr(self.options, modality), **common, "host": "127.0.0.1"}
         words = [modality, *(f"--model={folder}" for folder in models)]
+        words += [f"--models={folder}" for folder in self.options.model_folders]
         return [
             Role(
                 f"{modality}-{number}" if replicas > 1 else modality,

@@ -122,6 +122,15 @@ def up(
             "for single spoken words and simple sounds, in the space of the text model.",
         ),
     ] = None,
+    models: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            show_envvar=False,
+            help="Folder of models of any modality, besides those above; repeat for more. It is followed: models are "
+            "served and let go as their folders come, change and go, and no call fails by it.",
+        ),
+    ] = None,
     without: Annotated[
         list[str] | None,
         typer.Option(metavar="ROLE", show_envvar=False, help="Leave text, image or audio out; repeat for more."),
@@ -203,6 +212,7 @@ def up(
             redis=redis,
             config=_config,
             log_dir=log_dir,
+            model_folders=_roots(models or []),
             gateway=common,
             text=common if backend == "auto" else {**common, "backend": backend},
             image=common,
@@ -228,6 +238,13 @@ def _require_sense(named: Mapping[str, list[Path]], without: set[str]) -> None:
                 raise UserError(
                     f"--{modality}-model {folder}: no model there (a model folder holds a model.toml).", USAGE
                 )
+
+
+def _roots(folders: list[Path]) -> tuple[Path, ...]:
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"--models {folder}: there is no such folder.", USAGE)
+    return tuple(folders)
 
 
 def _folders(named: Mapping[str, list[Path]], without: set[str], fake: Path | None) -> dict[str, tuple[Path, ...]]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
@@ -20,6 +23,7 @@ from embedmesh_encoder.backend import (
     Backend,
     BackendOptions,
     Choice,
+    Machine,
     TritonOptions,
     best_lanes,
     choose,
@@ -27,6 +31,7 @@ from embedmesh_encoder.backend import (
     look,
 )
 from embedmesh_encoder.encoder import Encoder, EncoderOptions
+from embedmesh_encoder.keeper import Keeper
 from embedmesh_encoder.modalities import MODALITIES, Modality
 from embedmesh_encoder.model import ModelError, ModelSpec, load_spec, verify_files
 from embedmesh_encoder.preparation import Preparer
@@ -44,8 +49,8 @@ from embedmesh_encoder.service import (
 )
 from embedmesh_encoder.settings import EncoderSettings
 from embedmesh_server import logs, tracing
-from embedmesh_server.files import FileError
-from embedmesh_server.metrics import EncoderMetrics
+from embedmesh_server.files import FileError, Files
+from embedmesh_server.metrics import EncoderMetrics, FileMetrics
 from embedmesh_server.node import BindError, Node, stop_on_signal
 from embedmesh_server.settings import load
 from embedmesh_server.tracing import Tracing, TracingError
@@ -121,38 +126,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         env_prefix=f"EMBEDMESH_{modality.upper()}_",
         argv=rest,
     )
-    try:
-        choices = _read_specs(settings, modality)
-        models = Models([choice.spec for choice in choices])
-    except ModelError as error:
-        return _misused(str(error))
+    machine = look()
+    if problems := _problems(settings, modality, machine):
+        return _misused("\n".join(problems))
     logs.configure(settings.log_level, settings.log_format, modality)
     # Pillow warns and logs in words taken from the file, which whoever sent it has chosen.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    for choice in choices:
-        _log.info(
-            "backend chosen",
-            extra={
-                "model": choice.spec.name,
-                "revision": choice.spec.revision,
-                "backend": choice.spec.backend,
-                "precision": choice.spec.precision,
-                "why": choice.why,
-            },
-        )
     try:
         spans = tracing.start(settings, modality)
     except TracingError as error:
         return _misused(str(error))
     if spans.on:
         logs.stamp(spans.ids)
-    status, hung = asyncio.run(_serve(settings, models, modality, spans))
-    if hung:
-        # The interpreter would wait for ever for the thread in which the backend hangs.
-        _log.error("a batch still runs in the backend, leaving it behind")
+    status, left = asyncio.run(_serve(settings, modality, machine, spans))
+    if left:
+        # The interpreter would wait for its thread: of a backend that hangs for ever, of a load for minutes.
+        _log.log(logging.ERROR if status else logging.INFO, "%s, leaving it behind", left)
         logging.shutdown()
-        os._exit(_FAILED)
+        os._exit(status)
     return status
 
 
@@ -161,36 +153,46 @@ def _misused(sentence: str) -> int:
     return _MISUSED
 
 
-def _read_specs(settings: EncoderSettings, modality: str) -> list[Choice]:
-    """Read all manifests, and choose what runs each.
-
-    Raises:
-        ModelError: With the problems of all of them.
-    """
-    choices: list[Choice] = []
-    problems: list[str] = []
-    machine = look()
+def _problems(settings: EncoderSettings, modality: str, machine: Machine) -> list[str]:
+    """What is wrong with the folders that were named: at the start that is a mistake, later it is news."""
+    problems = [f"--models {folder}: there is no such folder" for folder in settings.models if not folder.is_dir()]
     for folder in settings.model:
         try:
-            spec = load_spec(folder)
-            if spec.modality == modality:
-                choices.append(choose(spec, settings.backend, settings.precision, machine))
-            else:
-                problems.append(f'model "{spec.name}" in {folder} is for {spec.modality}, not for {modality}')
+            _read(folder, settings, modality, machine)
         except ModelError as error:
             problems.append(str(error))
-    if problems:
-        raise ModelError("\n".join(problems))
-    return choices
+    return problems
 
 
-async def _serve(settings: EncoderSettings, models: Models, modality: str, spans: Tracing) -> tuple[int, bool]:
-    """Serve until a signal; gives the exit status, and whether a backend hangs."""
+def _read(folder: Path, settings: EncoderSettings, modality: str, machine: Machine) -> Choice | None:
+    """Read a manifest, and choose what runs the model; gives None for one of another modality in a folder of models.
+
+    Raises:
+        ModelError: It has mistakes, or cannot be run here.
+    """
+    spec = load_spec(folder)
+    if spec.modality == modality:
+        return choose(spec, settings.backend, settings.precision, machine)
+    if folder in settings.model:
+        raise ModelError(f'model "{spec.name}" in {folder} is for {spec.modality}, not for {modality}')
+    return None
+
+
+async def _serve(settings: EncoderSettings, modality: str, machine: Machine, spans: Tracing) -> tuple[int, str]:
+    """Serve until a signal; gives the exit status, and what has not ended by itself, if anything."""
     stop = stop_on_signal()
     kind = _MODALITIES[modality]
     registry = CollectorRegistry()
-    metrics = EncoderMetrics(registry)
-    node = Node(settings, role=modality, registry=registry, services=[kind.service, CATALOG_SERVICE], tracing=spans)
+    metrics, files = EncoderMetrics(registry), FileMetrics(registry)
+    models = Models(default=settings.default_model)
+    node = Node(
+        settings,
+        role=modality,
+        registry=registry,
+        services=[kind.service, CATALOG_SERVICE],
+        files=Files(files),
+        tracing=spans,
+    )
     service = EmbedService(
         models,
         metrics,
@@ -202,69 +204,91 @@ async def _serve(settings: EncoderSettings, models: Models, modality: str, spans
     catalog_pb2_grpc.add_ModelCatalogServicer_to_server(
         ModelCatalogServicer(models, max_inputs=settings.max_inputs), node.server
     )
+    loader = ThreadPoolExecutor(1, thread_name_prefix="load")
+
+    def read(folder: Path) -> ModelSpec | None:
+        choice = _read(folder, settings, modality, machine)
+        if choice is None:
+            return None
+        spec = choice.spec
+        described = {"revision": spec.revision, "backend": spec.backend, "precision": spec.precision}
+        _log.info("backend chosen", extra={"model": spec.name, **described, "why": choice.why})
+        return spec
+
+    changed = asyncio.Event()
+    keeper = Keeper(
+        models,
+        folders=settings.model,
+        roots=settings.models,
+        read=read,
+        load=lambda spec: _load(spec, settings, metrics, kind, spans, threads=loader),
+        metrics=metrics,
+        files=files,
+        on_change=changed.set,
+    )
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, keeper.ask)
     try:
         await node.start()
     except (BindError, FileError) as error:
         _log.error("%s", error)
-        return _FAILED, False
+        return _FAILED, ""
     # Probes are answered from here on, with NOT_SERVING until the models are warm.
     node.set_ready(CATALOG_SERVICE, True)
     running = asyncio.create_task(node.run(stop))
-    loading = asyncio.create_task(_load_all(settings, models, metrics, kind, spans))
-    await asyncio.wait((running, loading), return_when=asyncio.FIRST_COMPLETED)
-    status = 0
+    tasks = [asyncio.create_task(keeper.look(asked=True))]
+    await asyncio.wait((running, *tasks), return_when=asyncio.FIRST_COMPLETED)
+    status, left = 0, ""
     if running.done():
-        loading.cancel()
-    elif loading.result():
-        watching = asyncio.create_task(_watch(node, kind.service, models, settings.stall_seconds))
+        pass  # stopped before anything was served
+    elif models.encoders or settings.models:
+        watching = _watch(node, kind.service, models, settings.stall_seconds, changed)
+        tasks += [asyncio.create_task(keeper.run()), asyncio.create_task(watching)]
         await asyncio.wait((running,))
-        watching.cancel()
     else:
         _log.error("no model could be loaded, giving up")
         status = _FAILED
         running.cancel()
         await node.stop()
-    await asyncio.gather(running, loading, return_exceptions=True)
-    stopped = [await encoder.close(_CLOSE_SECONDS) for encoder in models.encoders.values()]
-    return status, not all(stopped)
+    if keeper.loading:
+        left = "a model still loads"
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(running, *tasks, return_exceptions=True)
+    loader.shutdown(wait=False, cancel_futures=True)
+    if not all([await encoder.close(_CLOSE_SECONDS) for encoder in (*await keeper.aclose(), *models.encoders)]):
+        status, left = _FAILED, "a batch still runs in the backend"
+    return status, left
 
 
-async def _watch(node: Node, service: str, models: Models, stall_seconds: float) -> None:
-    """Keep health honest: a node with a model whose backend hangs must get no more calls."""
+async def _watch(node: Node, service: str, models: Models, stall_seconds: float, changed: asyncio.Event) -> None:
+    """Keep health honest: a node without a model, or with one whose backend hangs, must get no more calls."""
     healthy = False
     while True:
-        stalled = [name for name, encoder in models.encoders.items() if encoder.stalled_seconds >= stall_seconds]
-        if healthy is bool(stalled):
-            healthy = not stalled
+        changed.clear()
+        stalled = [encoder.spec.name for encoder in models.encoders if encoder.stalled_seconds >= stall_seconds]
+        good = bool(models.encoders) and not stalled
+        if good is not healthy:
+            healthy = good
             node.set_ready(service, healthy)
             if stalled:
                 _log.error(
                     "no batch ended for %s s, not serving until one does", stall_seconds, extra={"models": stalled}
                 )
-        await asyncio.sleep(min(1.0, stall_seconds / 4))
-
-
-async def _load_all(
-    settings: EncoderSettings, models: Models, metrics: EncoderMetrics, kind: _Modality, spans: Tracing
-) -> bool:
-    """Load one model after the other; gives whether there is any to serve."""
-    for spec in models.specs:
-        started = time.perf_counter()
-        try:
-            encoder = await _load(spec, settings, metrics, kind, spans)
-        except ModelError as error:
-            _log.error("%s", error, exc_info=error.__cause__)
-        except Exception:  # noqa: BLE001  (one broken model does not take the others along)
-            _log.exception("cannot load model %s from %s", spec.name, spec.folder)
-        else:
-            models.add(encoder)
-            seconds = round(time.perf_counter() - started, 3)
-            _log.info("model ready", extra={"model": spec.name, "revision": spec.revision, "seconds": seconds})
-    return bool(models.encoders)
+            elif not healthy:
+                _log.warning("no model is left, not serving until there is one")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(1.0, stall_seconds / 4)):
+                await changed.wait()
 
 
 async def _load(
-    spec: ModelSpec, settings: EncoderSettings, metrics: EncoderMetrics, kind: _Modality, spans: Tracing
+    spec: ModelSpec,
+    settings: EncoderSettings,
+    metrics: EncoderMetrics,
+    kind: _Modality,
+    spans: Tracing,
+    *,
+    threads: ThreadPoolExecutor,
 ) -> Encoder:
     lanes = settings.lanes or best_lanes(spec.backend)
 
@@ -280,7 +304,7 @@ async def _load(
         )
         return kind.inputs.preparer(spec, settings), create_backend(spec, options)
 
-    preparer, backend = await asyncio.to_thread(read)
+    preparer, backend = await asyncio.get_running_loop().run_in_executor(threads, read)
     options = EncoderOptions(
         batch_cost=settings.batch_cost,
         batch_items=settings.batch_items,

@@ -27,7 +27,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -318,12 +318,16 @@ class Batcher(Generic[T, R]):
         self._rate: float | None = None
         # Units of an input, a moving average.
         self._mean_cost = 1.0
+        self._shown = [
+            *(
+                metrics.show(
+                    metrics.queue_inputs, (model, priority.value), partial(self._queue.count.__getitem__, priority)
+                )
+                for priority in Priority
+            ),
+            metrics.show(metrics.queue_cost_units, (model,), partial(_total, self._queue.cost)),
+        ]
         # Labelled once: finding a label costs more than counting.
-        for priority in Priority:
-            metrics.queue_inputs.labels(model, priority.value).set_function(
-                partial(self._queue.count.__getitem__, priority)
-            )
-        metrics.queue_cost_units.labels(model).set_function(lambda: sum(self._queue.cost.values()))
         self._cancelled = metrics.dropped_inputs.labels(model, "cancelled")
         self._expired = metrics.dropped_inputs.labels(model, "expired")
         self._refused = metrics.refused_inputs.labels(model)
@@ -434,6 +438,8 @@ class Batcher(Generic[T, R]):
                 _fail(entry, NotReady("the node shut down first", retry_after=_RETRY_UNKNOWN))
         stopped = not self._running
         self._executor.shutdown(wait=stopped, cancel_futures=True)
+        for end in self._shown:
+            end()
         return stopped
 
     def _retry_after(self, missing: int) -> float:
@@ -583,6 +589,10 @@ class Batcher(Generic[T, R]):
 
 def _has_failed(future: asyncio.Future[R]) -> bool:
     return future.done() and not future.cancelled() and future.exception() is not None
+
+
+def _total(costs: Mapping[Priority, int]) -> int:
+    return sum(costs.values())
 
 
 def _fail(entry: Pending[T, R], error: EmbedMeshError) -> None:

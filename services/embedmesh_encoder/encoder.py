@@ -151,10 +151,14 @@ class Encoder:
         self._prepare_seconds = metrics.stage_seconds.labels(spec.name, "prepare")
         self._truncated = metrics.truncated_inputs.labels(spec.name)
         self._nonfinite = metrics.nonfinite_vectors.labels(spec.name)
-        self._ready_gauge = metrics.model_ready.labels(spec.name)
-        metrics.model_info.labels(
-            spec.name, spec.revision, spec.space, spec.modality, backend.name, backend.precision
-        ).set(1)
+        described = (spec.name, spec.revision, spec.space, spec.modality, backend.name, backend.precision)
+        self._shown = [
+            metrics.show(metrics.model_info, described, lambda: True, any),
+            metrics.show(metrics.model_ready, (spec.name,), lambda: self.ready, any),
+        ]
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def __repr__(self) -> str:
         return f"<Encoder {self.spec.name}@{self.spec.revision} ready={self.ready} {self._batcher!r}>"
@@ -192,7 +196,6 @@ class Encoder:
                 f'model "{self.spec.name}" in {self.spec.folder} is loaded but cannot embed: {error}'
             ) from error
         self.ready = True
-        self._ready_gauge.set(1)
 
     async def embed(
         self,
@@ -219,6 +222,8 @@ class Encoder:
             NotReady: The node shuts down and made no vector.
             DeadlineExceeded: The deadline passed and no vector was made.
         """
+        self._calls += 1
+        self._idle.clear()
         try:
             outcomes = await self._embed(items, kinds, truncation, priority, deadline)
             for kind in (DeadlineExceeded, NotReady):
@@ -228,9 +233,17 @@ class Encoder:
         except (DeadlineExceeded, NotReady, Overloaded) as error:
             self._count(error, len(items))
             raise
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
         for index, outcome in enumerate(outcomes):
             self._finish(index, outcome)
         return outcomes
+
+    async def drain(self) -> None:
+        """Wait until no call is in flight: for when none can come any more."""
+        await self._idle.wait()
 
     async def close(self, within: float = 0.0) -> bool:
         """Finish queued work within so many seconds, fail the rest with NotReady, give the model back.
@@ -239,11 +252,12 @@ class Encoder:
             False when the backend hangs, in a thread that cannot be ended.
         """
         self.ready = False
-        self._ready_gauge.set(0)
         stopped = await self._batcher.close(within)
         self._executor.shutdown(wait=False)
         if stopped:
             self._backend.close()
+        for end in self._shown:
+            end()
         return stopped
 
     async def _embed(

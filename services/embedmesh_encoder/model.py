@@ -254,7 +254,7 @@ def _present(file: str, info: ValidationInfo) -> str:
         if path.is_absolute() or ".." in path.parts or not inside:
             raise ValueError("is outside of the model's folder")
         if not (folder / path).is_file():
-            raise ValueError("is missing from the model's folder")
+            raise ValueError("is missing from the model's folder: fetch the model again")
     return file
 
 

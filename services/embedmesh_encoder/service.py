@@ -7,7 +7,7 @@ messages and says how one input is read.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
@@ -48,7 +48,7 @@ from embedmesh_encoder.audio import AudioItem
 from embedmesh_encoder.batcher import Priority
 from embedmesh_encoder.encoder import Encoded, Encoder
 from embedmesh_encoder.image import ImageItem
-from embedmesh_encoder.model import ModelError, ModelSpec
+from embedmesh_encoder.model import ModelSpec
 from embedmesh_encoder.preparation import DENSE, Others
 from embedmesh_encoder.text import Chunking, LateChunking, TextItem
 from embedmesh_server.interceptor import deadline_of
@@ -113,40 +113,68 @@ R = TypeVar("R", bound=_Response)
 
 
 class Models:
-    """The models of a node, loaded or not. The first one answers requests that name none."""
+    """The models that a node offers, loaded or not.
 
-    def __init__(self, specs: Sequence[ModelSpec]) -> None:
-        """Take the models of one modality.
+    Calls that name no revision get the last offered of that name that is loaded; calls that name no model get the
+    default one.
 
-        Raises:
-            ModelError: Two of them have the same name.
-        """
-        self._specs: dict[str, ModelSpec] = {}
-        self._encoders: dict[str, Encoder] = {}
-        for spec in specs:
-            if spec.name in self._specs:
-                raise ModelError(
-                    f'{self._specs[spec.name].folder} and {spec.folder} are both called "{spec.name}": '
-                    "give one of them another name, or serve it from another node"
-                )
-            self._specs[spec.name] = spec
+    Args:
+        specs: See `offer`.
+        default: Name of the default model; without it the first one's.
+    """
+
+    def __init__(self, specs: Sequence[ModelSpec] = (), default: str = "") -> None:
+        self._default = default
+        self._offered: dict[str, dict[str, ModelSpec]] = {}
+        self._encoders: dict[tuple[str, str], Encoder] = {}
+        self._specs: Sequence[ModelSpec] = ()
+        self.offer(specs)
 
     def __repr__(self) -> str:
-        return f"<Models ready={len(self._encoders)}/{len(self._specs)}>"
+        return f"<Models ready={len(self._encoders)}/{sum(map(len, self._offered.values()))}>"
 
     @property
     def specs(self) -> Sequence[ModelSpec]:
-        """All models, the default first."""
-        return tuple(self._specs.values())
+        """All models; of those of one name the one first that answers calls that name no revision."""
+        return self._specs
 
     @property
-    def encoders(self) -> Mapping[str, Encoder]:
-        """The loaded ones by name."""
-        return self._encoders
+    def default(self) -> ModelSpec | None:
+        """The one that answers calls that name no model."""
+        return next((spec for spec in self.specs if spec.name == (self._default or spec.name)), None)
 
-    def add(self, encoder: Encoder) -> None:
-        """Serve one of the models from now on."""
-        self._encoders[encoder.spec.name] = encoder
+    @property
+    def encoders(self) -> Sequence[Encoder]:
+        """The loaded ones."""
+        return tuple(self._encoders.values())
+
+    def encoder(self, spec: ModelSpec) -> Encoder | None:
+        """Give the encoder of a model, if it is loaded."""
+        return self._encoders.get((spec.name, spec.revision))
+
+    def offer(self, specs: Sequence[ModelSpec]) -> Sequence[Encoder]:
+        """Offer these models and no others; gives the encoders that no call will reach any more.
+
+        Args:
+            specs: In the order in which they are named, of those of one name the newest last.
+        """
+        self._offered = {}
+        for spec in specs:
+            revisions = self._offered.setdefault(spec.name, {})
+            revisions.pop(spec.revision, None)  # named twice, the last place counts
+            revisions[spec.revision] = spec
+        offered = {(spec.name, spec.revision) for spec in specs}
+        left = [self._encoders.pop(key) for key in tuple(self._encoders) if key not in offered]
+        self._arrange()
+        return left
+
+    def add(self, encoder: Encoder) -> Encoder | None:
+        """Serve a model from now on; gives the encoder in whose place this one does."""
+        key = (encoder.spec.name, encoder.spec.revision)
+        before = self._encoders.get(key)
+        self._encoders[key] = encoder
+        self._arrange()
+        return before
 
     def find(self, wanted: str) -> Encoder:
         """Give the encoder for "name", "name@revision", or "" for the default.
@@ -156,18 +184,34 @@ class Models:
             NotReady: It is not loaded.
         """
         name, _, revision = wanted.partition("@")
-        spec = self._specs.get(name) if wanted else next(iter(self._specs.values()), None)
-        if spec is None or revision not in ("", spec.revision):
+        fitting = [spec for spec in self.specs if spec.name == name and revision in ("", spec.revision)]
+        spec = next(iter(fitting), None) if wanted else self.default
+        if spec is None:
             here = ", ".join(f"{each.name}@{each.revision}" for each in self.specs) or "none"
             raise ModelNotFound(
-                f'no model "{wanted}" here; there is {here}',
+                f'no model "{wanted or self._default}" here; there is {here}',
                 field="model",
                 metadata={"model": wanted},
             )
-        encoder = self._encoders.get(spec.name)
+        encoder = self.encoder(spec)
         if encoder is None:
-            raise NotReady(f'model "{spec.name}" is not loaded', retry_after=1.0, metadata={"model": spec.name})
+            raise NotReady(
+                f'model "{spec.name}" (revision {spec.revision}) is not loaded: it is loading, or the '
+                "log of its encoder says why it cannot be",
+                retry_after=1.0,
+                metadata={"model": spec.name},
+            )
         return encoder
+
+    def _arrange(self) -> None:
+        listed: list[ModelSpec] = []
+        for revisions in self._offered.values():
+            newest_first = []
+            for spec in reversed(revisions.values()):
+                encoder = self.encoder(spec)
+                newest_first.append(encoder.spec if encoder else spec)
+            listed += sorted(newest_first, key=lambda spec: self.encoder(spec) is None)  # stable
+        self._specs = tuple(listed)
 
 
 class EmbedService:
@@ -291,8 +335,9 @@ class ModelCatalogServicer(catalog_pb2_grpc.ModelCatalogServicer):
     ) -> catalog_pb2.ListModelsResponse:
         del request, context
         response = catalog_pb2.ListModelsResponse()
-        for index, spec in enumerate(self._models.specs):
-            encoder = self._models.encoders.get(spec.name)
+        default = self._models.default
+        for spec in self._models.specs:
+            encoder = self._models.encoder(spec)
             response.models.add(
                 model=spec.ref(),
                 family=spec.family,
@@ -304,7 +349,7 @@ class ModelCatalogServicer(catalog_pb2_grpc.ModelCatalogServicer):
                 multi_vector_dimensions=spec.multi_vector.dimensions if spec.multi_vector else 0,
                 max_input_units=spec.max_input_units,
                 max_inputs=self._max_inputs,
-                is_default=index == 0,
+                is_default=spec is default,
                 ready=encoder is not None and encoder.ready,
                 normalized=spec.normalized,
                 limits=encoder.limits if encoder else {},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from embedmesh_encoder.audio.decode import AudioLimits
@@ -20,9 +20,21 @@ class EncoderSettings(NodeSettings):
 
     model: tuple[Path, ...] = Field(
         (),
-        validate_default=True,
         description="Folder of a model (it holds a model.toml). Repeat it to serve several; the first one answers "
-        "requests that name none. Required.",
+        "requests that name none, the last one of a name those that name no revision. Required, unless there is "
+        "--models.",
+    )
+    models: tuple[Path, ...] = Field(
+        (),
+        validate_default=True,
+        description="Folder of models: every folder in it with a model.toml of this modality is served. Both are "
+        "followed: models are loaded and let go as folders come, change and go, at once on SIGHUP, and no call fails "
+        "by it. Of several revisions of a name the one written last answers requests that name no revision.",
+    )
+    default_model: str = Field(
+        "",
+        description="Name of the model that answers requests that name none; without it the first --model, or where "
+        "there is none the first name in alphabetical order.",
     )
     backend: Literal["auto", "onnxruntime", "cuda", "tensorrt", "openvino", "triton", "fake"] = Field(
         "auto",
@@ -74,11 +86,13 @@ class EncoderSettings(NodeSettings):
     )
     prepare_threads: int = Field(2, ge=1, description="Threads that turn inputs into the model's arrays.")
 
-    @field_validator("model")
+    @field_validator("models")
     @classmethod
-    def _some_model(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
-        if not value:
-            raise PydanticCustomError("no_model", "name the folder of at least one model")
+    def _some_model(cls, value: tuple[Path, ...], info: ValidationInfo) -> tuple[Path, ...]:
+        if not (value or info.data.get("model", True)):
+            raise PydanticCustomError(
+                "no_model", "name the folder of at least one model with --model, or one of models"
+            )
         return value
 
 

@@ -7,6 +7,7 @@ conventions (base units, `_total` on counters, `_seconds`, `_bytes`, `_ratio`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 
 from prometheus_client import (
@@ -60,7 +61,7 @@ class ServerMetrics:
 
 
 class FileMetrics:
-    """What every process says of the files it follows: tls, upstream_tls, keys."""
+    """What every process says of the files it follows: tls, upstream_tls, keys, models."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.reloads = Counter(
@@ -143,6 +144,46 @@ class EncoderMetrics:
         self.model_ready = Gauge(
             "embedmesh_model_ready", "1 when the model is loaded and warm.", ["model"], registry=registry
         )
+        self._shown: dict[tuple[Gauge, tuple[str, ...]], list[Callable[[], float]]] = {}
+
+    def show(
+        self,
+        gauge: Gauge,
+        labels: tuple[str, ...],
+        value: Callable[[], float],
+        combine: Callable[[Iterable[float]], float] = sum,
+    ) -> Callable[[], None]:
+        """Show a value under labels that others may show theirs under: two revisions of a model have one name.
+
+        Args:
+            gauge: One of this object's.
+            labels: The model's name first.
+            value: Gives the value whenever it is looked at, from any thread.
+            combine: What becomes of several values.
+
+        Returns:
+            What ends it. With the last `model_ready` of a name, nothing of that model is shown any more.
+        """
+        values = self._shown.setdefault((gauge, labels), [])
+        values.append(value)
+        gauge.labels(*labels).set_function(lambda: combine(each() for each in values))
+
+        def end() -> None:
+            if value not in values:
+                return
+            values.remove(value)
+            if not values:
+                del self._shown[gauge, labels]
+                gauge.remove(*labels)
+                if gauge is self.model_ready:
+                    self._forget(labels[0])
+
+        return end
+
+    def _forget(self, model: str) -> None:
+        for metric in vars(self).values():
+            if isinstance(metric, Counter | Gauge | Histogram):
+                metric.remove_by_labels({"model": model})
 
 
 class GatewayMetrics:

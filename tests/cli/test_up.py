@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from embedmesh import Client
 from embedmesh_cli.mesh import Mesh, MeshError, MeshOptions, require_free
 from embedmesh_cli.process import RestartPolicy
 from embedmesh_encoder.backend.fake import write_model
@@ -54,6 +55,14 @@ def test_a_signal_takes_everything_away(start_up: Any, number: signal.Signals) -
     assert up.process.wait(30) == 0
     assert all(map(gone, up.pids))
     assert not folder.exists()
+
+
+def test_a_folder_of_models_is_followed(start_up: Any, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    up = start_up("--models", str(tmp_path / "models"))
+    write_model(tmp_path / "models" / "another", name="another")
+    with Client(up.address) as client:
+        until(lambda: ("another", True) in [(info.name, info.ready) for info in client.list_models()])
 
 
 def test_nothing_is_left_when_up_itself_is_killed(start_up: Any) -> None:
@@ -145,6 +154,7 @@ def test_tracing_reaches_the_roles(cli: Any, monkeypatch: pytest.MonkeyPatch) ->
         ("[up]\nredis = 'localhost'", "--redis localhost: say embedded, none, or a URL"),
         ("[up]\nreplicas = ['video=2']", "--replicas video=2: say text=N"),
         ("[up]\ntext_model = ['no/such/folder']", "--text-model no/such/folder: no model there"),
+        ("[up]\nmodels = ['no/such/folder']", "--models no/such/folder: there is no such folder."),
         ("[up]\nwithout = ['video']", "--without video: say text, image or audio."),
         ("[up]\nwithout = ['text', 'image', 'audio']", "--without leaves nothing to serve: keep one of"),
         ("[up]\nwithout = ['image']\nimage_model = ['x']", "give --image-model or --without image, not both."),

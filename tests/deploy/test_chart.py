@@ -337,6 +337,15 @@ def test_secrets_come_by_reference(render: Any) -> None:
     pytest.fail("no gateway")
 
 
+def test_a_folder_of_models_is_followed(render: Any) -> None:
+    for name, spec, _ in pods(render(CHART / "ci/external-redis-pvc.yaml")):
+        args = spec["containers"][0].get("args", [])
+        if name.endswith("text"):
+            assert [arg for arg in args if "model" in arg] == ["--models=/models", "--default-model=all-MiniLM-L6-v2"]
+            return
+    pytest.fail("no text encoder")
+
+
 def test_notes_say_what_to_type_next(helm: Any, tmp_path: Path) -> None:
     """Without a cluster helm shows no notes, so they are rendered as a manifest."""
     shutil.copytree(CHART, tmp_path / "chart")

@@ -108,6 +108,11 @@ class House:
 
 
 @pytest.fixture
+def make_gate() -> type[Gate]:
+    return Gate
+
+
+@pytest.fixture
 def kept_bytes() -> Callable[[], int]:
     """What is resident when glibc has given back what it only holds, by other tests too."""
 

@@ -247,6 +247,26 @@ async def test_overload_is_refused_and_counted(make_encoder: Make) -> None:
     assert registry.get_sample_value("embedmesh_encoder_inputs_total", labels) == 3
 
 
+async def test_drain_waits_for_calls_whose_inputs_are_being_prepared(make_encoder: Make) -> None:
+    goes_on = threading.Event()
+
+    def prepare(item: TextItem) -> None:
+        del item
+        assert goes_on.wait(10)
+
+    encoder, _, _ = make_encoder(wrap=lambda preparer: Wrapped(preparer, prepare))
+    call = asyncio.create_task(encoder.embed(items("long " * 1000)))
+    await asyncio.sleep(0)
+    drained = asyncio.create_task(encoder.drain())
+    await asyncio.sleep(0.01)
+    assert not drained.done()
+    goes_on.set()
+    await drained
+    assert await encoder.close(10)
+    (outcome,) = await call
+    assert isinstance(outcome, Encoded)
+
+
 async def test_close_ends_everything(make_encoder: Make) -> None:
     encoder, gate, registry = make_encoder()
     await encoder.warm_up(items("warm"))
@@ -256,7 +276,8 @@ async def test_close_ends_everything(make_encoder: Make) -> None:
     assert await encoder.close(10)
     assert gate.closed
     assert not encoder.ready
-    assert registry.get_sample_value("embedmesh_model_ready", ready) == 0
+    # No line of it is left, of whatever metric.
+    assert not [s.name for metric in registry.collect() for s in metric.samples if s.labels.get("model") == "fake-text"]
     with pytest.raises(NotReady):
         await encoder.embed(items("late"))
 

@@ -1,6 +1,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -228,6 +230,87 @@ def test_a_broken_model_does_not_take_the_others_along(start: Callable[..., Proc
     assert "Traceback" not in process.log.read_text()
 
 
+def listed(channel: grpc.Channel) -> list[tuple[str, bool]]:
+    catalog: Any = catalog_pb2_grpc.ModelCatalogStub(channel)
+    models = catalog.ListModels(catalog_pb2.ListModelsRequest(), timeout=10).models
+    return [(info.model.name, info.ready) for info in models]
+
+
+def test_a_folder_of_models_is_followed(
+    start: Callable[..., Process], tmp_path: Path, make_tower: Callable[..., Path]
+) -> None:
+    root = tmp_path / "models"
+    make_tower(root / "picture", "image")  # for the encoder of pictures
+    process = start("--models", str(root))
+    listening = process.logged("listening")
+    with grpc.insecure_channel(listening["grpc"]) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+
+        def status(service: str = "embedmesh.v1.TextEncoder") -> int:
+            return int(health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status)
+
+        assert (status(), status(""), status("embedmesh.v1.ModelCatalog")) == (NOT_SERVING, NOT_SERVING, SERVING)
+        assert listed(channel) == []
+        write_model(tmp_path / "made", name="one")
+        (tmp_path / "made").rename(root / "one")
+        process.until(lambda: status() == status("") == SERVING)
+        assert embed(channel, "now").models[0].name == "one"
+        shutil.rmtree(root / "one")
+        process.until(lambda: status() == status("") == NOT_SERVING)
+        assert process.logged("model let go")["model"] == "one"
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert "Traceback" not in process.log.read_text()
+
+
+def test_hangups_while_models_load(start: Callable[..., Process], tmp_path: Path) -> None:
+    write_model(tmp_path / "named", name="named", base_ms=300)
+    (tmp_path / "models").mkdir()
+    process = start("--model", str(tmp_path / "named"), "--models", str(tmp_path / "models"))
+    with grpc.insecure_channel(process.logged("listening")["grpc"]) as channel:
+        for _ in range(2):
+            process.popen.send_signal(signal.SIGHUP)
+        process.ready()
+        write_model(tmp_path / "models" / "other", name="other", base_ms=300)
+        for _ in range(2):
+            process.popen.send_signal(signal.SIGHUP)
+        process.until(lambda: listed(channel) == [("named", True), ("other", False)])
+        process.popen.send_signal(signal.SIGHUP)
+        process.until(lambda: listed(channel) == [("named", True), ("other", True)])
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+
+
+def test_a_signal_while_another_model_loads(start: Callable[..., Process], tmp_path: Path) -> None:
+    write_model(tmp_path / "models" / "quick", name="quick")
+    process = start("--models", str(tmp_path / "models"))
+    with grpc.insecure_channel(process.ready()) as channel:
+        write_model(tmp_path / "models" / "slow", name="slow", base_ms=60_000)
+        process.until(lambda: ("slow", False) in listed(channel))
+        call = embed_future(channel, "in flight")
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.wait() == 0  # the load would take three minutes
+        assert call.done()
+    assert process.logged("a model still loads, leaving it behind")
+
+
+def test_what_a_model_took_is_given_back(start: Callable[..., Process], tmp_path: Path, starter_model: Path) -> None:
+    root = tmp_path / "models"
+    write_model(root / "small", name="small")
+    process = start("--models", str(root), "--log-level", "debug")
+    node = psutil.Process(process.popen.pid)
+    with grpc.insecure_channel(process.ready()) as channel:
+        embed(channel, "small")
+        shutil.copytree(starter_model, root / "big")
+        process.until(lambda: ("all-MiniLM-L6-v2", True) in listed(channel))
+        loaded = node.memory_info().rss
+        shutil.rmtree(root / "big")
+        # Its weights are 90 MB.
+        process.until(lambda: node.memory_info().rss < loaded - 60_000_000)
+        assert listed(channel) == [("small", True)]
+        assert sample(process, "embedmesh_model_info", 'model="all-MiniLM-L6-v2"') == 0
+
+
 def test_the_backend_is_chosen_and_said(start: Callable[..., Process], starter_model: Path) -> None:
     process = start("--model", str(starter_model), "--backend", "openvino")
     with grpc.insecure_channel(process.ready()) as channel:
@@ -314,15 +397,10 @@ def test_wrong_model_folders_are_reported_together(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], make_tower: Callable[..., Path]
 ) -> None:
     folders = [tmp_path / "nothing", tmp_path, make_tower(tmp_path / "picture", "image")]
-    assert main(["text", *(word for folder in folders for word in ("--model", str(folder)))]) == 2
+    words = [word for folder in folders for word in ("--model", str(folder))]
+    assert main(["text", *words, "--models", str(tmp_path / "no")]) == 2
     err = capsys.readouterr().err
+    assert f"--models {tmp_path / 'no'}: there is no such folder" in err
     assert f"{tmp_path / 'nothing'} is not a model folder" in err
     assert f"{tmp_path} is not a model folder" in err
     assert "is for image, not for text" in err
-
-
-def test_two_models_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("a", "b"):
-        write_model(tmp_path / name)
-    assert main(["text", "--model", str(tmp_path / "a"), "--model", str(tmp_path / "b")]) == 2
-    assert "are both called" in capsys.readouterr().err

@@ -13,7 +13,6 @@ from embedmesh.v1 import catalog_pb2, text_pb2
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh.vectors import decode, dequantize
 from embedmesh_encoder.backend.fake import FAIL, NAN, write_model
-from embedmesh_encoder.model import ModelError
 from embedmesh_encoder.service import Models
 
 OpenHouse = Callable[..., Awaitable[Any]]
@@ -296,9 +295,33 @@ async def test_no_model_at_all() -> None:
         Models([]).find("")
 
 
-async def test_two_models_of_one_name_are_refused(tmp_path: Any) -> None:
-    with pytest.raises(ModelError, match='both called "fake-text"'):
-        Models([write_model(tmp_path / "a"), write_model(tmp_path / "b", seed=1)])
+async def test_two_revisions_of_one_name(open_house: OpenHouse) -> None:
+    house = await open_house({"name": "other"}, {"seed": 1}, {"seed": 2}, {"seed": 3}, loaded=3)
+    other, second, first, broken = house.models.specs
+    assert [spec.fake.seed for spec in (second, first, broken) if spec.fake] == [2, 1, 3]
+    made_by = (await house.embed("a", model="fake-text")).models[0]
+    assert made_by == second.ref()  # the last one that is loaded
+    for spec in (first, second):
+        assert (await house.embed("a", model=f"fake-text@{spec.revision}")).models[0] == spec.ref()
+    assert (await house.embed("a")).models[0] == other.ref()
+    assert isinstance(await failure(house.embed("a", model=f"fake-text@{broken.revision}")), errors.NotReady)
+    models = (await house.catalog.ListModels(catalog_pb2.ListModelsRequest())).models
+    assert [(info.model.revision, info.ready, info.is_default) for info in models] == [
+        (other.revision, True, True),
+        (second.revision, True, False),
+        (first.revision, True, False),
+        (broken.revision, False, False),
+    ]
+
+
+def test_the_default_may_be_named(tmp_path: Any) -> None:
+    specs = [write_model(tmp_path / name, name=name, seed=seed) for seed, name in enumerate(("a", "b"))]
+    newer = write_model(tmp_path / "newer", name="b", seed=7)
+    models = Models([*specs, newer], default="b")
+    assert models.default is newer
+    models.offer(specs[:1])
+    with pytest.raises(errors.ModelNotFound, match='no model "b" here; there is a@'):
+        models.find("")
 
 
 async def test_health_by_service(open_house: OpenHouse) -> None:
@@ -311,7 +334,7 @@ async def test_health_by_service(open_house: OpenHouse) -> None:
 
 async def test_a_batch_that_holds_the_last_lane_shows_as_stalled(open_house: OpenHouse) -> None:
     house = await open_house()
-    (encoder,) = house.models.encoders.values()
+    (encoder,) = house.models.encoders
     assert encoder.stalled_seconds == 0
     house.gate.shut()
     call = house.embed("a")

@@ -8,6 +8,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from embedmesh.v1 import catalog_pb2
 
+NEW = {"revision": "r1", "space": "shared", "modality": "text", "family": "fake"}
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -88,6 +89,36 @@ async def test_a_new_model_is_looked_for_when_asked_for(open_mesh: Any, encoder:
         labels = {"revision": "r1", "space": "shared", "modality": "text", "family": "fake"}
         assert mesh.metric("embedmesh_gateway_model_info", model="new", **labels) == 1
         assert mesh.metric("embedmesh_gateway_model_info", model="fake-text", **labels) == 0
+
+
+async def test_nothing_is_shown_of_a_model_that_is_gone(open_mesh: Any, encoder: Any, settle: Any) -> None:
+    async with open_mesh({"text": [encoder]}, catalog_refresh_seconds=0.05) as mesh:
+        await mesh.embed(["x" * 1000])
+        assert mesh.metric("embedmesh_gateway_truncated_inputs_total", model="fake-text") == 1
+        encoder.info.model.name = "new"
+        await settle(lambda: mesh.metric("embedmesh_gateway_model_info", model="new", **NEW) == 1)
+        assert not [s for metric in mesh.registry.collect() for s in metric.samples if "fake-text" in s.labels.values()]
+
+
+async def test_revisions_side_by_side_have_entries_of_their_own(open_mesh: Any, encoder: Any) -> None:
+    old = catalog_pb2.ModelInfo()
+    old.CopyFrom(encoder.info)
+    old.model.revision, old.is_default = "r0", False
+
+    async def both(request: Any, context: Any) -> catalog_pb2.ListModelsResponse:
+        del request, context
+        return catalog_pb2.ListModelsResponse(models=[encoder.info, old])
+
+    await encoder.stop()
+    encoder.ListModels = both
+    await encoder.start(encoder.address)
+    async with open_mesh({"text": [encoder]}) as mesh:
+        assert (await mesh.embed(["a"], model="fake-text")).models[0].revision == "r1"
+        # What the other revision made is no answer here; this encoder says r1 to everything.
+        pinned = await mesh.embed(["a"], model="fake-text@r0")
+        assert "instead of the one asked for" in pinned.results[0].error.message
+        assert [call.model for call in encoder.calls] == ["fake-text", "fake-text@r0"]
+        assert (await mesh.embed(["a"], model="fake-text@r1")).results[0].cached
 
 
 async def test_of_several_models_the_default_answers(open_mesh: Any, encoder: Any) -> None:

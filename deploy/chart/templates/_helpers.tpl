@@ -309,11 +309,11 @@ spec:
 {{- $where := printf "encoders.%s" $name -}}
 {{- if has $name (list "gateway" "valkey") }}{{ fail (printf "%s: the name is taken by the chart's own %s: choose another." $where $name) }}{{ end -}}
 {{- if not (has $encoder.modality (list "text" "image" "audio")) }}{{ fail (printf "%s.modality is %q: set it to text, image or audio (an encoder that is called so needs no modality)." $where $encoder.modality) }}{{ end -}}
-{{- if not $encoder.models.paths }}{{ fail (printf "%s.models.paths is empty: name the folder of at least one model, for example [/models/%s]." $where $encoder.modality) }}{{ end -}}
+{{- if not (or $encoder.models.paths $encoder.models.folders) }}{{ fail (printf "%s.models.paths is empty: name the folder of at least one model, for example [/models/%s], or with %s.models.folders one of models." $where $encoder.modality $where) }}{{ end -}}
 {{- if and (eq $encoder.models.from "pvc") (not $encoder.models.pvc.claimName) }}{{ fail (printf "%s.models.from is pvc: set %s.models.pvc.claimName to the claim that holds the models." $where $where) }}{{ end -}}
 {{- if and (eq $encoder.models.from "init") (not (and $encoder.models.init.image $encoder.models.init.command)) }}{{ fail (printf "%s.models.from is init: set image and command of %s.models.init, which puts the models into %s." $where $where $encoder.models.mountPath) }}{{ end -}}
 {{- if ne $encoder.models.from "image" -}}
-{{- range $encoder.models.paths }}{{ if not (hasPrefix (printf "%s/" $encoder.models.mountPath) .) }}{{ fail (printf "%s.models.paths: %s is not below %s, where the models' volume is mounted: correct the path or %s.models.mountPath." $where . $encoder.models.mountPath $where) }}{{ end }}{{ end -}}
+{{- range concat (default list $encoder.models.paths) (default list $encoder.models.folders) }}{{ if not (hasPrefix (printf "%s/" $encoder.models.mountPath) (printf "%s/" .)) }}{{ fail (printf "%s.models: %s is not below %s, where the models' volume is mounted: correct the path or %s.models.mountPath." $where . $encoder.models.mountPath $where) }}{{ end }}{{ end -}}
 {{- end -}}
 {{- range $setting, $modality := dict "row_width" "text" "row_multiple" "text" "max_text_bytes" "text" "max_image_bytes" "image" "max_image_pixels" "image" "max_audio_bytes" "audio" "max_audio_seconds" "audio" -}}
 {{- if and (hasKey $encoder.settings $setting) (ne $modality $encoder.modality) }}{{ fail (printf "%s.settings.%s is a setting of %s encoders, and this one is for %s: remove it." $where $setting $modality $encoder.modality) }}{{ end -}}

@@ -47,7 +47,8 @@ class ModelCatalogServicer(object):
     """
 
     def ListModels(self, request, context):
-        """Lists all models of the node, the not yet ready ones too.
+        """Lists all models of the node, the not yet ready ones too. Of several revisions of
+        one name the first one answers requests that name no revision.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,9 @@ class ModelCatalogStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelCatalogAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.ListModelsRequest, _catalog_pb2.ListModelsResponse]
-    """Lists all models of the node, the not yet ready ones too."""
+    """Lists all models of the node, the not yet ready ones too. Of several revisions of
+    one name the first one answers requests that name no revision.
+    """
 
 @_typing.type_check_only
 class ModelCatalogAsyncStub(ModelCatalogStub):
@@ -44,7 +46,9 @@ class ModelCatalogAsyncStub(ModelCatalogStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_catalog_pb2.ListModelsRequest, _catalog_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists all models of the node, the not yet ready ones too."""
+    """Lists all models of the node, the not yet ready ones too. Of several revisions of
+    one name the first one answers requests that name no revision.
+    """
 
 class ModelCatalogServicer(metaclass=_abc_1.ABCMeta):
     """Says what a node offers, so that callers need not know a mesh by heart."""
@@ -55,6 +59,8 @@ class ModelCatalogServicer(metaclass=_abc_1.ABCMeta):
         request: _catalog_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_catalog_pb2.ListModelsResponse, _abc.Awaitable[_catalog_pb2.ListModelsResponse]]:
-        """Lists all models of the node, the not yet ready ones too."""
+        """Lists all models of the node, the not yet ready ones too. Of several revisions of
+        one name the first one answers requests that name no revision.
+        """
 
 def add_ModelCatalogServicer_to_server(servicer: ModelCatalogServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

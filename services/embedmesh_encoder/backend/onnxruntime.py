@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedmesh_encoder.backend.signature import Port, check_signature
+from embedmesh_encoder.backend.unloadable import unloadable
 from embedmesh_encoder.model import BackendName, ModelError, ModelSpec
 
 # Since 1.29 the library reports to its maker and writes a device id, from its import on, unless told not to.
@@ -79,7 +80,7 @@ class OnnxRuntimeBackend:
                 path, _session_options(intra_op_threads), providers=_providers(spec, cache_folder, cuda_graphs)
             )
         except Exception as error:  # noqa: BLE001  (onnxruntime's exceptions have no public base)
-            raise ModelError(f"cannot load {path} with {version}: {error}") from None
+            raise unloadable(path, version, error) from None
         # Without its driver or libraries a provider is left out with no more than a line in the log.
         if provider not in self._session.get_providers():
             raise ModelError(

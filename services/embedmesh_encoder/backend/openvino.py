@@ -12,6 +12,7 @@ from typing import Any, Final
 from numpy.typing import NDArray
 
 from embedmesh_encoder.backend.signature import Port, check_signature
+from embedmesh_encoder.backend.unloadable import unloadable
 from embedmesh_encoder.model import ModelError, ModelSpec
 
 # The library reports its own import to an analytics service, unless the package that does so is missing.
@@ -79,9 +80,7 @@ class OpenVinoBackend:
         except ModelError:
             raise
         except Exception as error:  # noqa: BLE001  (its exceptions have no public base)
-            raise ModelError(
-                f"cannot load {path} with openvino {ov.__version__.partition('-')[0]}: {' '.join(str(error).split())}"
-            ) from None
+            raise unloadable(path, f"openvino {ov.__version__.partition('-')[0]}", error) from None
         self._outputs = list(dict.fromkeys(spec.outputs.values()))
         self._idle: list[Any] = []
         self._lock = threading.Lock()

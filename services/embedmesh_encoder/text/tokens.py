@@ -94,7 +94,7 @@ class WindowedTokenizer:
             self._tokenizer = Tokenizer.from_str(text)
             pre = json.loads(text).get("pre_tokenizer")
         except Exception as error:  # noqa: BLE001  (it is what the library raises)
-            raise ModelError(f"cannot read the tokenizer {path}: {error}") from None
+            raise ModelError(f"cannot read the tokenizer {path}: {error}; fetch the model again") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         for token in extra_special_tokens:
