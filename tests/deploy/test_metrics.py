@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 FILES = DEPLOY / "chart/files"
 KINDS: tuple[type[NodeSettings], ...] = (GatewaySettings, TextSettings, ImageSettings, AudioSettings)
-# Flags of helm, kubectl, docker, promtool, k6, Prometheus and Valkey, and of `embedmesh models`, in texts of deploy/.
+# Flags of helm, kubectl, docker, promtool, k6, Envoy, Prometheus, Valkey and `embedmesh models`, in texts of deploy/
 OTHERS = {
     *("--set", "--values", "--install", "--namespace", "--strict", "--help", "--address"),
     *("--from-literal", "--from-file", "--kustomize", "--follow"),
     *("--file", "--target", "--tag", "--build", "--wait"),
-    *("--summary-export", "--config", "--storage"),
+    *("--summary-export", "--config", "--config-path", "--storage"),
     *("--bind", "--save", "--appendonly", "--loglevel", "--maxmemory", "--maxmemory-policy", "--protected-mode"),
 }
 
