@@ -6,7 +6,8 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo up test check check-style check-types check-imports check-contract check-package proto \
-        starter starter-figures export-table test-torch test-node test-triton check-deploy soak bench bench-peers bench-gpu lock clean
+        starter starter-figures export-table test-torch test-node test-triton test-hosts check-deploy soak \
+        bench bench-peers bench-gpu lock clean
 
 PY := .venv/bin/python
 ARGS ?=
@@ -30,7 +31,7 @@ up: .venv/serve.stamp ## Run the mesh on this machine until Ctrl-C (ARGS="--help
 	@$(PY) -m embedmesh_cli up $(ARGS)
 
 test: .venv/dev.stamp ## Run the tests, real processes included
-	$(PY) -m pytest -m "not torch and not node and not triton and not deploy" $(ARGS)
+	$(PY) -m pytest -m "not torch and not node and not triton and not deploy and not hosts" $(ARGS)
 
 check: check-style check-types check-imports check-contract check-package ## Lint, types, imports, contract, packaging
 	@echo "check: all good"
@@ -79,6 +80,9 @@ test-node: .venv/dev.stamp ## Call the gateway from JavaScript (needs node and n
 
 test-triton: .venv/dev.stamp .venv-triton/triton.stamp ## Run a model in a real Triton server (installs it into .venv-triton)
 	$(PY) -m pytest -m triton $(ARGS)
+
+test-hosts: .venv/dev.stamp ## Break a mesh of several hosts (network namespaces; root) and Debian's redis-server
+	$(PY) -m pytest -m hosts $(ARGS)
 
 check-deploy: .venv/dev.stamp .venv-deploy/deploy.stamp ## Check chart, images, rules, dashboard, load tests (tools in .venv-deploy)
 	$(PY) deploy/generate.py --check

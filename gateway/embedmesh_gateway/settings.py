@@ -4,28 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Self
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from embedmesh_gateway.redis_url import parse_redis_url, redacted
 from embedmesh_server.settings import MIB, NodeSettings
 
-__all__ = ["GatewaySettings", "redacted"]
-
-_SCHEMES = ("redis", "rediss", "unix")
-
-
-def redacted(url: str) -> str:
-    """Give `url` without its password, fit for logs."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "***"
-    if parts.password is None and "password" not in parts.query:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    user = "" if parts.password is None else f"{parts.username or ''}:***@"
-    return f"{parts.scheme}://{user}{host}{parts.path}"
+__all__ = ["GatewaySettings"]
 
 
 class _Secret(str):
@@ -42,8 +27,8 @@ def _hide(value: object) -> object:
 
 
 def _check_redis_url(url: str) -> str:
-    if url and urlsplit(url).scheme not in _SCHEMES:
-        raise ValueError("must start with redis://, rediss:// or unix://")
+    if url:
+        parse_redis_url(url)
     return url
 
 
@@ -77,7 +62,10 @@ class GatewaySettings(NodeSettings):
 
     # repr=False: the URL may hold a password.
     redis_url: Annotated[str, AfterValidator(_check_redis_url), BeforeValidator(_hide)] = Field(
-        "", repr=False, description="Redis-compatible server, redis://, rediss:// or unix://; empty: memory only."
+        "",
+        repr=False,
+        description="Redis-compatible cache: redis://, rediss:// or unix:// of a server, redis+sentinel://A,B/MASTER, "
+        "redis+cluster://A,B (rediss+... with TLS); empty: memory only.",
     )
     cache_ttl_seconds: float = Field(7 * 86400.0, ge=1, description="How long Redis keeps a vector.")
     cache_memory_bytes: int = Field(64 * MIB, ge=0, description="Size of the in-process cache; 0 turns it off.")

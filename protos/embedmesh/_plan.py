@@ -504,8 +504,10 @@ class Plan:
             EmbedMeshError: `error`, when another stream would not help.
         """
         self._breaks += 1
-        # A peer that goes away cancels its streams; that the caller cancelled never gets here.
-        passing = error.retryable or error.code is grpc.StatusCode.CANCELLED
+        # A peer that goes away cancels its streams; that the caller cancelled never gets here. A proxy before it resets
+        # them, which is INTERNAL without a reason of ours.
+        reset = error.code is grpc.StatusCode.INTERNAL and not error.reason
+        passing = error.retryable or reset or error.code is grpc.StatusCode.CANCELLED
         moment = now + _pause(error, self._breaks)
         if not passing or self._breaks > self._retries or moment >= self._deadline:
             raise error

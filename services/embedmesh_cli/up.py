@@ -21,6 +21,7 @@ from embedmesh import AsyncClient, EmbedMeshError, ModelInfo
 from embedmesh_cli.connection import credentials
 from embedmesh_cli.console import USAGE, UserError, command_name, starter_model
 from embedmesh_cli.mesh import MODALITIES, Mesh, MeshError, MeshOptions, Role
+from embedmesh_gateway.redis_url import parse_redis_url, redacted
 
 __all__ = ["up"]
 
@@ -92,7 +93,7 @@ def up(
         typer.Option(
             metavar="embedded|none|URL",
             show_envvar=False,
-            help="Cache behind the gateway: a Valkey of our own, none, or redis:// rediss:// unix:// of yours.",
+            help="Cache behind the gateway: a Valkey of our own, none, or the URL of yours (embedmesh-gateway --help).",
         ),
     ] = "embedded",
     text_model: Annotated[
@@ -191,8 +192,11 @@ def up(
     Each option can also be a variable (EMBEDMESH_UP_HTTP_PORT for --http-port) or a key of [up] in the
     --config file; options win over variables, variables over the file.
     """
-    if redis not in {"embedded", "none"} and not redis.startswith(("redis://", "rediss://", "unix://")):
-        raise UserError(f"--redis {redis}: say embedded, none, or a URL with redis://, rediss:// or unix://.", USAGE)
+    if redis not in {"embedded", "none"}:
+        try:
+            parse_redis_url(redis)
+        except ValueError as error:
+            raise UserError(f"--redis {redacted(redis)}: say embedded, none, or a URL; it {error}.", USAGE) from None
     credentials()  # with which the mesh will be asked what it serves: better told now
     console = Console()
     with ExitStack() as stack:

@@ -211,13 +211,15 @@ class GatewayMetrics:
         )
         self.cache_errors = Counter(
             "embedmesh_cache_errors",
-            "Cache operations that failed and were treated as a miss, by operation (get, set) and kind "
-            "(timeout, connection, corrupt, response, dropped).",
+            "Cache operations that failed and were treated as a miss, by operation (get, set; topology: of a "
+            "Redis Cluster) and kind (timeout, connection, corrupt, response, dropped).",
             ["operation", "kind"],
             registry=registry,
         )
         self.cache_breaker_open = Gauge(
-            "embedmesh_cache_breaker_open", "1 while Redis is left alone after failures.", registry=registry
+            "embedmesh_cache_breaker_open",
+            "1 while Redis, or a server of a cluster, is left alone after failures.",
+            registry=registry,
         )
         self.cache_memory_bytes = Gauge(
             "embedmesh_cache_memory_bytes", "Bytes held by the in-process cache.", registry=registry

@@ -313,7 +313,7 @@ def test_inputs_of_a_chunk_are_asked_again_alone(connect: Any, gateway: Any) -> 
     assert sorted(len(request.inputs) for request in gateway.requests) == [1, 1, 1, 3, 3, 3]
 
 
-@pytest.mark.parametrize("end", ["unavailable", "ended"])
+@pytest.mark.parametrize("end", ["unavailable", "ended", "reset behind a proxy"])
 def test_a_broken_stream_is_resumed_with_the_chunks_not_yet_answered(connect: Any, gateway: Any, end: str) -> None:
     def stream(requests: Any, context: Any) -> Iterator[Any]:
         gateway.streams += 1
@@ -321,6 +321,8 @@ def test_a_broken_stream_is_resumed_with_the_chunks_not_yet_answered(connect: An
             if answered == 2 and gateway.streams < 4:
                 if end == "unavailable":
                     gateway.fail(context, embedmesh.NotReady("draining", retry_after=0.01))
+                if end == "reset behind a proxy":
+                    context.abort(grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2")
                 return
             gateway.chunks.append(chunk.sequence)
             yield gateway.answer_chunk(chunk)

@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 FILES = DEPLOY / "chart/files"
 KINDS: tuple[type[NodeSettings], ...] = (GatewaySettings, TextSettings, ImageSettings, AudioSettings)
-# Flags of helm, kubectl, docker, promtool, k6, Prometheus and Valkey, of `embedmesh` and the soak, in texts of deploy/.
+# Flags of helm, kubectl, docker, promtool, k6, Envoy, Prometheus, Valkey, `embedmesh` and the soak, in texts of deploy/
 OTHERS = {
     *("--set", "--values", "--install", "--namespace", "--strict", "--help", "--address"),
     *("--from-literal", "--from-file", "--kustomize", "--follow"),
     *("--file", "--target", "--tag", "--build", "--wait"),
-    *("--summary-export", "--config", "--storage"),
+    *("--summary-export", "--config", "--config-path", "--storage"),
     *("--reuse-values", "--selector", "--previous", "--prefix", "--tail", "--filename", "--output", "--dry-run"),
     *("--ignore-daemonsets", "--delete-emptydir-data", "--latency"),
     *("--texts", "--text-model", "--target-ms", "--cache-entries", "--field", "--role"),

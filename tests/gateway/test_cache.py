@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedmesh_gateway.cache import Breaker, MemoryCache, seal, unseal
+from embedmesh_gateway.cache import MemoryCache
+from embedmesh_gateway.redis_servers import Breaker, seal, unseal
 
 GENEROUS = 5.0  # seconds; far above any limit set here, far below a hang
 

@@ -35,9 +35,9 @@ from embedmesh.errors import (
 from embedmesh.v1 import audio_pb2, catalog_pb2, gateway_pb2, image_pb2, text_pb2
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh_gateway.admission import Admission
-from embedmesh_gateway.cache import seal
 from embedmesh_gateway.catalog import Catalog
 from embedmesh_gateway.keys import cache_key
+from embedmesh_gateway.redis_servers import seal
 from embedmesh_gateway.router import Router
 from embedmesh_server.metrics import GatewayMetrics
 
