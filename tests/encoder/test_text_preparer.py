@@ -13,7 +13,7 @@ from embedmesh.v1 import text_pb2
 from embedmesh_encoder.backend.fake import write_model
 from embedmesh_encoder.model import GraphSpec, ModelError, ModelSpec, TextSpec
 from embedmesh_encoder.preparation import Prepared, Preparer
-from embedmesh_encoder.text import TextItem, TextPreparer
+from embedmesh_encoder.text import LateChunking, TextItem, TextPreparer
 from embedmesh_encoder.text.preparer import fill_rows
 
 END, START, REFUSE = pb.TRUNCATION_END, pb.TRUNCATION_START, pb.TRUNCATION_REFUSE
@@ -79,6 +79,18 @@ def test_a_prompt_is_not_pooled(spec: ModelSpec) -> None:
     vectors = preparer.split({"last_hidden_state": hidden}, batch)
     wanted = [each.data[each.prompt :].mean() for each in batch]
     np.testing.assert_allclose(vectors[:, 0], wanted, rtol=1e-6)
+
+
+def test_a_prompt_is_not_pooled_in_chunks_nor_beside_spans(spec: ModelSpec) -> None:
+    preparer = without_prompts(spec)
+    for prompt, left_out in (("p:", 3), ("", 0)):
+        item = TextItem("abcdefghijklmnopqrst", instruction=prompt)
+        assert [each.prompt for each in preparer.prepare(item, pb.TRUNCATION_CHUNK).passes] == [left_out] * 2
+        spans = TextItem("abcdef", instruction=prompt, late_chunking=LateChunking(units=3))
+        found = preparer.prepare(spans, END)
+        assert found.prompt == left_out == preparer.prepare(TextItem("abcdef", instruction=prompt), END).prompt
+        assert found.spans is not None
+        assert len(found.spans) == 2
 
 
 def test_a_prompt_that_is_cut_is_left_out_as_far_as_it_is_there(spec: ModelSpec) -> None:

@@ -19,7 +19,7 @@ from embedmesh_encoder.model import ModelError, ModelSpec
 from embedmesh_encoder.pooling import Sparse, lexical, nonzero, pool, splade
 from embedmesh_encoder.preparation import Others, Prepared
 from embedmesh_encoder.text.template import TemplatedTokenizer
-from embedmesh_encoder.text.tokens import Tokens, WindowedTokenizer
+from embedmesh_encoder.text.tokens import Content, Tokens, WindowedTokenizer
 
 __all__ = [
     "MAX_PASSES",
@@ -247,7 +247,7 @@ class TextPreparer:
         if not len(offsets):  # a text without tokens has none
             return self._pass(item, prompt, pb.TRUNCATION_END)
         ids = self._tokenizer.within_specials([*content.prompt, *content.ids])
-        prepared = self._prepared(item, ids, len(ids))
+        prepared = self._prepared(item, ids, len(ids), skipped=self._before_text(content))
         return replace(prepared, spans=spans + self._tokenizer.before + len(content.prompt), offsets=offsets)
 
     def _passes(self, item: TextItem, prompt: str, truncation: pb.Truncation.ValueType, most: int) -> list[Prepared]:
@@ -277,7 +277,7 @@ class TextPreparer:
             raise error
         chunks = [content.ids[start : start + room] for start in range(0, count * step, step)]
         whole = sum(map(len, chunks))
-        skipped = 0 if self._include_prompt or not prompt else self._tokenizer.before + len(content.prompt)
+        skipped = self._before_text(content)
         return [
             self._prepared(
                 item,
@@ -288,6 +288,10 @@ class TextPreparer:
             )
             for chunk in chunks
         ]
+
+    def _before_text(self, content: Content) -> int:
+        """Tell how many of the first tokens pooling leaves out, as `_skipped` does for texts that are not cut here."""
+        return 0 if self._include_prompt or not content.prompt else self._tokenizer.before + len(content.prompt)
 
     def _pass(self, item: TextItem, prompt: str, truncation: pb.Truncation.ValueType) -> Prepared:
         limit = self._limit(item)
