@@ -191,13 +191,14 @@ async def test_a_cluster_holds_each_key_where_it_belongs_and_a_bad_node_costs_it
         await eventually_found(cache, fresh, write=True)
         assert cluster.replica.command("EXISTS", fresh[0]) == 1
 
-        # One without dies: its keys are misses, for good.
+        # One without dies: its keys are misses, for good. Two of three masters have died within seconds; on a slow
+        # machine the living ones may need a moment to agree that they are the majority.
         cluster.masters[0].kill()
+        await eventually_found(cache, second + third)
         for _ in range(10):
-            found = await cache.from_redis(mixed)
-            assert found == [None if key in first else payload(key) for key in mixed]
+            assert await cache.from_redis(first) == [None] * len(first)
         store(cache, first)
-        assert await cache.from_redis(third) == [payload(key) for key in third]
+        await eventually_found(cache, third)
 
 
 async def test_a_cluster_that_is_not_there_is_a_miss_and_is_found_when_it_comes(
