@@ -1051,7 +1051,7 @@ def test_pictures_with_texts_are_refused_before_anything_is_loaded(
         ("embedmesh_cli.export.packed._FAR", "the exported graph gives other vectors than torch (worst cosine 0."),
         # Nothing is like enough.
         ("embedmesh_cli.export.check.LEAST_COSINE", "at least 1.1 is wanted): nothing was kept"),
-        ("embedmesh_cli.export.check.MOST_COMPANY", "vectors that depend on what else is in their batch"),
+        ("embedmesh_cli.export.check.MOST_APART", "vectors that depend on what else is in their batch"),
     ],
 )
 def test_a_broken_export_is_refused(
@@ -1059,7 +1059,9 @@ def test_a_broken_export_is_refused(
     spoil: str, sentence: str, bert: Path, home: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(spoil, {"_FAR": 0.0, "LEAST_COSINE": 1.1, "MOST_COMPANY": -1.0}[spoil.rpartition(".")[2]])
+    monkeypatch.setattr(
+        spoil, {"_FAR": 0.0, "LEAST_COSINE": 1.1, "MOST_APART": {"dense": -1.0}}[spoil.rpartition(".")[2]]
+    )
     assert run("models", "export", bert) == 1
     assert sentence in capfd.readouterr().err
     assert not list(home.glob("*"))
