@@ -17,10 +17,25 @@ from prometheus_client.parser import text_string_to_metric_families
 from embedmesh.v1 import gateway_pb2, gateway_pb2_grpc
 from embedmesh_cli.__main__ import main
 from embedmesh_cli.mesh import Mesh, MeshOptions
+from embedmesh_cli.starter import cache_folder
+from embedmesh_cli.starter.minilm import original_model
 from embedmesh_encoder.backend.fake import write_model
 
 # Of one look-up in Redis. A call makes one look-up, so no fault of Redis may cost it more than this.
 CACHE_TIMEOUT_MS = 50
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Path:
+    """A real tokenizer, that of all-MiniLM-L6-v2."""
+    return original_model(cache_folder() / "peers", lambda line: None) / "tokenizer.json"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of models of the commands that a test runs."""
+    monkeypatch.setenv("EMBEDMESH_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
 
 
 @dataclass

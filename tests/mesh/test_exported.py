@@ -23,8 +23,6 @@ from PIL import Image
 import embedmesh
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh_cli.local import LocalModel, demo_files, demo_texts
-from embedmesh_cli.starter import cache_folder
-from embedmesh_cli.starter.minilm import original_model
 from embedmesh_encoder.backend import create_backend
 from embedmesh_encoder.model import ModelSpec, load_spec
 from embedmesh_encoder.text import TextItem, TextPreparer
@@ -245,12 +243,6 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> Path:
-    """A real tokenizer, that of all-MiniLM-L6-v2."""
-    return original_model(cache_folder() / "peers", lambda line: None) / "tokenizer.json"
-
-
 def save(randomise: Any, family: Family, tokenizer: Path, folder: Path) -> None:
     """Save a repository of a family, by the library itself."""
     import transformers  # type: ignore[import-not-found]
@@ -283,12 +275,6 @@ def save(randomise: Any, family: Family, tokenizer: Path, folder: Path) -> None:
 def bert(randomise: Any, tokenizer: Path, tmp_path: Path) -> Path:
     save(randomise, FAMILIES["bert"], tokenizer, tmp_path / "small")
     return tmp_path / "small"
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("EMBEDMESH_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "models"
 
 
 @pytest.fixture

@@ -19,8 +19,6 @@ import pytest
 
 import embedmesh
 from embedmesh_cli.likeness import LEAST_COSINE, MOST_APART, Vectors, compare
-from embedmesh_cli.starter import cache_folder
-from embedmesh_cli.starter.minilm import original_model
 from embedmesh_cli.verify.reference import load_reference
 from embedmesh_encoder.model import load_spec, write_manifest
 
@@ -33,18 +31,6 @@ SMALL = {
 README = Path(__file__).parents[2] / "services" / "README.md"
 END = "[SEP]"
 PROMPTS = {"query": "question: ", "document": "passage: "}
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Path:
-    """A real tokenizer, that of all-MiniLM-L6-v2."""
-    return original_model(cache_folder() / "peers", lambda line: None) / "tokenizer.json"
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("EMBEDMESH_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "models"
 
 
 @pytest.fixture
