@@ -160,13 +160,10 @@ def _make(
             masked=bool(pipeline and pipeline.splade),
         )
     if pictures:
-        plans, found = plan_pictures(repository, loaded, wishes)
-        language, texts = language_of(loaded), Pipeline("", wishes.pooling)
+        language, texts, head = language_of(loaded), Pipeline("", wishes.pooling), torch.nn.Identity()
         heads = TokenHeads(repository, texts, language)
-        references = {
-            "image": of_picture(loaded, wishes.pooling),
-            "text": _of_text(language, texts, torch.nn.Identity(), heads),
-        }
+        plans, found = plan_pictures(repository, loaded, wishes, plan_packed(language, texts.pooling, head, heads))
+        references = {"image": of_picture(loaded, wishes.pooling), "text": _of_text(language, texts, head, heads)}
         return _Made(list(plans.values()), references, found, loaded.files, loaded.layers)
     if pipeline is None:
         plans = plan_towers(repository, loaded, wishes)

@@ -17,11 +17,10 @@ from tokenizers import Tokenizer
 from embedmesh_cli.console import USAGE, UserError
 from embedmesh_cli.export.check import Reference
 from embedmesh_cli.export.graph import Plan
-from embedmesh_cli.export.heads import TokenHeads
-from embedmesh_cli.export.packed import FAMILIES, plan_packed, pool_segments
+from embedmesh_cli.export.packed import FAMILIES, pool_segments
 from embedmesh_cli.export.weights import Loaded
 from embedmesh_cli.likeness import Vectors
-from embedmesh_cli.pull.recipe import Pipeline, Templates, Wishes
+from embedmesh_cli.pull.recipe import Templates, Wishes
 from embedmesh_cli.pull.repository import Repository, read_json
 from embedmesh_encoder.model import ModelSpec
 from embedmesh_encoder.pooling import Pooling, pool
@@ -57,8 +56,14 @@ def check_pictures(repository: Repository, wishes: Wishes) -> None:
         )
 
 
-def plan_pictures(repository: Repository, loaded: Loaded, wishes: Wishes) -> tuple[dict[str, Plan], Wishes]:
+def plan_pictures(repository: Repository, loaded: Loaded, wishes: Wishes, text: Plan) -> tuple[dict[str, Plan], Wishes]:
     """Plan the graphs of a model, by modality; and say what was found out.
+
+    Args:
+        repository: Where its files are.
+        loaded: The model.
+        wishes: What its caller says of it.
+        text: The graph of its part that reads texts alone (`language_of`).
 
     Raises:
         UserError: Its tokenizer does not know the token of a picture.
@@ -81,13 +86,9 @@ def plan_pictures(repository: Repository, loaded: Loaded, wishes: Wishes) -> tup
     axes = {"input_ids": ("n", "longest"), "attention_mask": ("n", "longest"), "pixel_values": ("n",), _OUTPUT: ("n",)}
     module = _PictureWithText(loaded.model, wishes.pooling)
     what = f"{loaded.title}, for pictures with texts"
-    language = language_of(loaded)
-    heads = TokenHeads(repository, Pipeline("", wishes.pooling), language)
     plans = {
         "image": Plan("onnx/vision_model.onnx", what, module, inputs, [_OUTPUT], axes),
-        "text": dataclasses.replace(
-            plan_packed(language, wishes.pooling, torch.nn.Identity(), heads), file="onnx/text_model.onnx"
-        ),
+        "text": dataclasses.replace(text, file="onnx/text_model.onnx"),
     }
     found = Templates(templates.image, templates.text, token, count)
     return plans, dataclasses.replace(wishes, pooling=(), normalize=bool(wishes.normalize), templates=found)
