@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 from embedmesh.v1 import catalog_pb2_grpc, text_pb2, text_pb2_grpc
 from embedmesh_encoder.backend.fake import FakeBackend, write_model
 from embedmesh_encoder.encoder import Encoder, EncoderOptions
-from embedmesh_encoder.model import ModelSpec
+from embedmesh_encoder.model import ModelSpec, write_manifest
 from embedmesh_encoder.service import (
     CATALOG_SERVICE,
     TEXT_SERVICE,
@@ -105,6 +105,30 @@ class House:
         running = self.embed("running")
         await self.gate.entered(1)
         return running
+
+
+@pytest.fixture
+def describe(tmp_path: Path) -> Callable[..., ModelSpec]:
+    """Write the manifest of a small text model beside the `model.onnx` that is there."""
+
+    def describe(**changes: Any) -> ModelSpec:
+        write_model(tmp_path)  # for its tokenizer
+        entries: dict[str, Any] = {
+            "name": "tiny",
+            "modality": "text",
+            "space": "tiny",
+            "dimensions": 2,
+            "normalized": False,
+            "max_input_units": 16,
+            "license": "Apache-2.0",
+            "source": "this test",
+            "backend": "onnxruntime",
+            "graph": {"file": "model.onnx", "layout": "packed"},
+            "text": {"tokenizer": "tokenizer.json"},
+        }
+        return write_manifest(tmp_path, entries | changes, ["model.onnx", "tokenizer.json"])
+
+    return describe
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Graphs as disks, downloads and exporters break them: each is told by folder, file and remedy."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -10,11 +10,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from embedmesh_encoder.backend import create_backend
-from embedmesh_encoder.backend.fake import write_model
-from embedmesh_encoder.model import ModelError, load_spec, verify_files, write_manifest
+from embedmesh_encoder.model import ModelError, ModelSpec, load_spec, verify_files
 from embedmesh_encoder.text import TextPreparer
 
 DATA = "model.onnx_data"
+Describe = Callable[..., ModelSpec]
+
+
+@pytest.fixture
+def describe(describe: Describe) -> Describe:
+    """For a graph of `graph`."""
+    table = {"file": "model.onnx", "layout": "padded", "pooling": "mean", "inputs": ["input_ids"]}
+    return partial(describe, graph=table)
 
 
 def graph(*, opset: int = 17, ir_version: int = 9, operator: str = "Mul") -> onnx.ModelProto:
@@ -73,24 +80,6 @@ def unlike_the_manifest(path: Path) -> None:
     onnx.save(model, path)
 
 
-def manifest(folder: Path, backend: str) -> Any:
-    write_model(folder)  # for its tokenizer
-    entries: dict[str, Any] = {
-        "name": "tiny",
-        "modality": "text",
-        "space": "tiny",
-        "dimensions": 2,
-        "normalized": False,
-        "max_input_units": 16,
-        "license": "Apache-2.0",
-        "source": "this test",
-        "backend": backend,
-        "graph": {"file": "model.onnx", "layout": "padded", "pooling": "mean", "inputs": ["input_ids"]},
-        "text": {"tokenizer": "tokenizer.json"},
-    }
-    return write_manifest(folder, entries, ["model.onnx", "tokenizer.json"])
-
-
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(
     ("spoil", "words"),
@@ -103,10 +92,12 @@ def manifest(folder: Path, backend: str) -> Any:
         (unlike_the_manifest, 'does not fit model.toml: it has no output "last_hidden_state" (its outputs: logits)'),
     ],
 )
-def test_a_broken_graph(tmp_path: Path, backend: str, spoil: Callable[[Path], None], words: str) -> None:
+def test_a_broken_graph(
+    tmp_path: Path, describe: Describe, backend: str, spoil: Callable[[Path], None], words: str
+) -> None:
     spoil(tmp_path / "model.onnx")
     with pytest.raises(ModelError) as caught:
-        create_backend(manifest(tmp_path, backend))
+        create_backend(describe(backend=backend))
     message = str(caught.value)
     assert words in message
     assert str(tmp_path / "model.onnx") in message
@@ -118,24 +109,24 @@ def test_a_broken_graph(tmp_path: Path, backend: str, spoil: Callable[[Path], No
     ("spoil", "words"),
     [(opset, "the graph is of opset 99, and opset "), (ir_version, "the graph is of IR version 99, and ")],
 )
-def test_a_graph_of_the_future(tmp_path: Path, spoil: Callable[[Path], None], words: str) -> None:
+def test_a_graph_of_the_future(tmp_path: Path, describe: Describe, spoil: Callable[[Path], None], words: str) -> None:
     spoil(tmp_path / "model.onnx")
     with pytest.raises(ModelError, match=words + r"\d+ is the newest that can be read: export the model with that one"):
-        create_backend(manifest(tmp_path, "onnxruntime"))
+        create_backend(describe())
 
 
-def test_a_file_that_is_another(tmp_path: Path) -> None:
+def test_a_file_that_is_another(tmp_path: Path, describe: Describe) -> None:
     onnx.save(graph(), tmp_path / "model.onnx")
-    spec = manifest(tmp_path, "onnxruntime")
+    spec = describe()
     (tmp_path / "model.onnx").write_bytes(b"another")
     with pytest.raises(ModelError, match=r'model\.toml: file "model.onnx" has sha256 .* fetch the model again'):
         verify_files(spec)
 
 
-def test_tokenizers(tmp_path: Path) -> None:
+def test_tokenizers(tmp_path: Path, describe: Describe) -> None:
     onnx.save(graph(), tmp_path / "model.onnx")
     (tmp_path / "tokenizer.json").write_text("")
-    spec = manifest(tmp_path, "onnxruntime")
+    spec = describe()
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "None"}}')
     with pytest.raises(ModelError, match=r"cannot read the tokenizer .*/tokenizer\.json: .* fetch the model again"):
         TextPreparer(spec)

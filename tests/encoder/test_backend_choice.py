@@ -6,7 +6,7 @@ import pytest
 
 from embedmesh_encoder.backend import Machine, best_lanes, choose, look
 from embedmesh_encoder.backend.fake import write_model
-from embedmesh_encoder.model import ModelError, ModelSpec, write_manifest
+from embedmesh_encoder.model import ModelError, ModelSpec
 
 BARE = Machine()
 MODERN = Machine(bfloat16="avx512_bf16", packages=frozenset({"openvino"}))
@@ -15,26 +15,9 @@ Make = Callable[..., ModelSpec]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
-    def make(**changes: Any) -> ModelSpec:
-        write_model(tmp_path)  # for its tokenizer
-        (tmp_path / "model.onnx").write_bytes(b"")
-        manifest: dict[str, Any] = {
-            "name": "tiny",
-            "modality": "text",
-            "space": "tiny",
-            "dimensions": 2,
-            "normalized": False,
-            "max_input_units": 16,
-            "license": "Apache-2.0",
-            "source": "this test",
-            "backend": "onnxruntime",
-            "graph": {"file": "model.onnx", "layout": "packed"},
-            "text": {"tokenizer": "tokenizer.json"},
-        }
-        return write_manifest(tmp_path, manifest | changes, ["model.onnx", "tokenizer.json"])
-
-    return make
+def make(tmp_path: Path, describe: Make) -> Make:
+    (tmp_path / "model.onnx").write_bytes(b"")
+    return describe
 
 
 @pytest.mark.parametrize(
