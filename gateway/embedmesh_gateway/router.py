@@ -49,10 +49,11 @@ from embedmesh.vectors import (
 )
 from embedmesh_gateway.admission import Admission
 from embedmesh_gateway.cache import VectorCache
+from embedmesh_gateway.calls import EncoderCalls
 from embedmesh_gateway.catalog import Catalog
 from embedmesh_gateway.keys import cache_key, cache_keys
 from embedmesh_gateway.tenants import Tenant
-from embedmesh_gateway.upstream import Answer, Upstream, broken, is_whole
+from embedmesh_gateway.upstream import Answer, Terms, Upstream, broken, is_whole
 from embedmesh_server.metrics import GatewayMetrics
 from embedmesh_server.tracing import NO_TRACING, Tracing
 
@@ -164,6 +165,7 @@ class Router:
         max_inputs: Most inputs in one request.
         max_inflight_inputs: See `Admission`.
         max_message_bytes: The largest answer.
+        longest_hold: See `EncoderCalls`.
         tracing: Records stages.
     """
 
@@ -177,9 +179,14 @@ class Router:
         max_inputs: int,
         max_inflight_inputs: int,
         max_message_bytes: int,
+        longest_hold: float = 0.0,
         tracing: Tracing = NO_TRACING,
     ) -> None:
         self._tracing = tracing
+        self._calls = {
+            modality: EncoderCalls(upstream, metrics, longest_hold=longest_hold, tracing=tracing)
+            for modality, upstream in upstreams.items()
+        }
         self._catalog, self._upstreams, self._cache, self._metrics = catalog, upstreams, cache, metrics
         self._max_inputs = max_inputs
         self._answer_bytes = max_message_bytes - _MESSAGE_SLACK
@@ -441,30 +448,30 @@ class Router:
 
     async def _compute(self, plan: _Plan, items: Sequence[tuple[Any, Message]], land: Any) -> None:
         """Send items to the encoders, split into calls; `land` gets each call's outcomes as they come."""
-        upstream = self._upstreams[plan.modality]
-        calls, refused = _split(items, plan, upstream.max_message_bytes - _MESSAGE_SLACK)
+        room = self._upstreams[plan.modality].max_message_bytes - _MESSAGE_SLACK
+        most = _most(items, plan, room)
+        calls, refused = _split(items, plan, most, room)
         if refused:
             land(refused)
 
         async def call(part: Sequence[tuple[Any, Message]]) -> None:
-            outcomes = await self._call(plan, upstream, [item for _, item in part])
+            outcomes = await self._call(plan, [item for _, item in part], most)
             land({key: outcome for (key, _), outcome in zip(part, outcomes, strict=True)})
 
         await _together(*(call(part) for part in calls))
 
-    async def _call(self, plan: _Plan, upstream: Upstream, inputs: Sequence[Message]) -> Sequence[_Outcome]:
+    async def _call(self, plan: _Plan, inputs: Sequence[Message], most: int) -> Sequence[_Outcome]:
         loop = asyncio.get_running_loop()
+        terms = Terms(
+            plan.model,
+            tuple(sorted(plan.fetched)),
+            plan.truncation,
+            plan.priority,
+            (plan.chunking.units, plan.chunking.overlap),
+        )
         while True:
             try:
-                answers = await upstream.embed(
-                    inputs,
-                    model=plan.model,
-                    kinds=sorted(plan.fetched),
-                    truncation=plan.truncation,
-                    priority=plan.priority,
-                    deadline=plan.deadline,
-                    chunking=plan.chunking,
-                )
+                answers = await self._calls[plan.modality].embed(inputs, terms, most=most, deadline=plan.deadline)
             except Overloaded as error:
                 pause = error.retry_after or 0.1
                 if not plan.patient or loop.time() + pause >= plan.deadline:
@@ -648,14 +655,8 @@ def _name(enum: Any, value: int) -> str:
     return str(enum.Name(value)) if value in enum.values() else str(value)
 
 
-def _split(
-    items: Sequence[tuple[Any, Message]], plan: _Plan, room: int
-) -> tuple[list[list[tuple[Any, Message]]], dict[Any, _Outcome]]:
-    """Split into calls of at most `max_inputs` inputs whose requests and responses fit into `room` bytes.
-
-    Returns:
-        The calls, and the outcomes of inputs that belong into none.
-    """
+def _most(items: Sequence[tuple[Any, Message]], plan: _Plan, room: int) -> int:
+    """Give how many inputs like these a call may carry, so that the response fits into `room` bytes."""
     info = plan.info
     answer = 4 * info.dimensions + 256
     if _with_spans([item for _, item in items]):
@@ -666,7 +667,18 @@ def _split(
         answer += 4 * (info.multi_vector_dimensions or info.dimensions) * info.max_input_units
         if plan.truncation == pb.TRUNCATION_CHUNK or any(getattr(item, "instructions", ()) for _, item in items):
             answer = room  # rows of several passes, whose number the encoder knows
-    most = max(1, min(info.max_inputs or _DEFAULT_MAX_INPUTS, room // answer))
+    return max(1, min(info.max_inputs or _DEFAULT_MAX_INPUTS, room // answer))
+
+
+def _split(
+    items: Sequence[tuple[Any, Message]], plan: _Plan, most: int, room: int
+) -> tuple[list[list[tuple[Any, Message]]], dict[Any, _Outcome]]:
+    """Split into calls of at most `most` inputs whose requests fit into `room` bytes.
+
+    Returns:
+        The calls, and the outcomes of inputs that belong into none.
+    """
+    info = plan.info
     calls: list[list[tuple[Any, Message]]] = []
     refused: dict[Any, _Outcome] = {}
     size = 0

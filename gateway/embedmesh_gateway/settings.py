@@ -79,6 +79,12 @@ class GatewaySettings(NodeSettings):
     max_inflight_inputs: int = Field(
         8192, ge=1, description="Most inputs being served at a time; more are refused. Bulk work may take half."
     )
+    hold_ms: float = Field(
+        5.0,
+        ge=0,
+        description="The longest that a call of few inputs is held, so that others share its call to an encoder: an "
+        "eighth of what it would wait there anyway, and not at all where it would not. 0 sends each by itself.",
+    )
     stream_window: int = Field(4, ge=1, description="Chunks of one EmbedStream being served at a time.")
     workers: int = Field(
         1, ge=1, le=256, description="Processes that share the port, each with its part of cache and in-flight inputs."

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol, Self
 
 import grpc
@@ -29,7 +30,7 @@ from embedmesh_server.metrics import GatewayMetrics
 from embedmesh_server.tls import Identity
 from embedmesh_server.tracing import NO_TRACING, Tracing
 
-__all__ = ["MODALITIES", "Answer", "Upstream", "broken", "is_whole"]
+__all__ = ["MODALITIES", "Answer", "Terms", "Upstream", "broken", "is_whole"]
 
 _log = logging.getLogger(__name__)
 
@@ -87,11 +88,37 @@ class Answer(NamedTuple):
     cached: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What all inputs of a call have in common.
+
+    Attributes:
+        model: Name, "name@revision", or "" for the encoder's default.
+        kinds: Kinds of vector wanted.
+        truncation: What to do with inputs that are too long.
+        priority: Who waits.
+        chunking: Units and overlap of the chunks that texts are cut into, where the truncation says so.
+    """
+
+    model: str
+    kinds: tuple[pb.EmbeddingKind.ValueType, ...]
+    truncation: pb.Truncation.ValueType
+    priority: pb.Priority.ValueType
+    chunking: tuple[int, int] = (0, 0)
+
+    @property
+    def queue(self) -> tuple[str, pb.Priority.ValueType]:
+        """What inputs have in common that wait in one queue of an encoder."""
+        return self.model, self.priority
+
+
 class _Response(Protocol):
     @property
     def models(self) -> Sequence[pb.ModelRef]: ...
     @property
     def results(self) -> Sequence[pb.EmbedResult]: ...
+    @property
+    def usage(self) -> pb.Usage: ...
 
 
 class Upstream:
@@ -106,6 +133,10 @@ class Upstream:
         tls: What to show, and whom to trust; None calls without TLS.
         tls_name: Name in the encoders' certificates, where it is not the target's host.
         tracing: Records calls.
+
+    Attributes:
+        waiting: Seconds that the newest call of each `Terms.queue` took beside the model's own work: the encoder's
+            queue and event loop, the way there and back.
     """
 
     def __init__(
@@ -123,6 +154,7 @@ class Upstream:
         self.modality = modality
         self.target = target
         self.max_message_bytes = max_message_bytes
+        self.waiting: dict[tuple[str, pb.Priority.ValueType], float] = {}
         self._longest_call = longest_call
         self._metrics = metrics
         self._path, self._request_type, _ = _METHODS[modality]
@@ -239,27 +271,13 @@ class Upstream:
         number = catalog_pb2.Modality.Value(f"MODALITY_{self.modality.upper()}")
         return [info for info in response.models if info.modality == number]
 
-    async def embed(
-        self,
-        inputs: Sequence[Message],
-        *,
-        model: str,
-        kinds: Sequence[pb.EmbeddingKind.ValueType],
-        truncation: pb.Truncation.ValueType,
-        priority: pb.Priority.ValueType,
-        deadline: float,
-        chunking: pb.Chunking | None = None,
-    ) -> list[Answer]:
+    async def embed(self, inputs: Sequence[Message], terms: Terms, *, deadline: float) -> list[Answer]:
         """Have inputs embedded at full width in one call.
 
         Args:
             inputs: TextInput, ImageInput or AudioInput messages, at most what one call may carry.
-            model: Name, "name@revision", or "" for the encoder's default.
-            kinds: Kinds of vector wanted.
-            truncation: What to do with inputs that are too long.
-            priority: Who waits.
+            terms: What they have in common.
             deadline: In seconds of the running loop's clock; `math.inf` for none.
-            chunking: How texts are cut into chunks, where the truncation says so.
 
         Returns:
             Entry i answers inputs[i], with an INTERNAL error where the encoder broke the contract.
@@ -268,18 +286,21 @@ class Upstream:
             EmbedMeshError: The call failed as a whole; as the encoder said it, or EncoderUnreachable,
                 DeadlineExceeded, InternalError.
         """
-        left = deadline - asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        left = deadline - started
         if left <= 0:
             raise DeadlineExceeded("the deadline passed before the encoder was called")
         request = self._request_type(
-            model=model,
+            model=terms.model,
             inputs=inputs,
-            output=pb.OutputOptions(kinds=kinds),
-            truncation=truncation,
-            priority=priority,
+            output=pb.OutputOptions(kinds=terms.kinds),
+            truncation=terms.truncation,
+            priority=terms.priority,
         )
-        if chunking is not None and self.modality == "text" and truncation == pb.TRUNCATION_CHUNK:
-            request.chunking.CopyFrom(chunking)
+        if self.modality == "text" and terms.truncation == pb.TRUNCATION_CHUNK:
+            units, overlap = terms.chunking
+            request.chunking.CopyFrom(pb.Chunking(units=units, overlap=overlap))
         self._metrics.upstream_inputs.labels(self.modality).inc(len(inputs))
         code = grpc.StatusCode.CANCELLED
         with self._tracing.call(self._path) as span:
@@ -297,6 +318,8 @@ class Upstream:
             finally:
                 span.answer(code)
                 self._metrics.upstream_requests.labels(self.modality, code.name).inc()
+        if model_seconds := response.usage.model_seconds:
+            self.waiting[terms.queue] = loop.time() - started - model_seconds
         return self._checked(response, len(inputs))
 
     def _mapped(self, error: grpc.aio.AioRpcError) -> EmbedMeshError:

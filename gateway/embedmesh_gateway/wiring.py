@@ -112,6 +112,7 @@ async def running(
             max_inputs=settings.max_inputs,
             max_inflight_inputs=settings.max_inflight_inputs,
             max_message_bytes=settings.max_message_bytes,
+            longest_hold=settings.hold_ms / 1000,
             tracing=spans,
         )
         gateway_pb2_grpc.add_GatewayServicer_to_server(

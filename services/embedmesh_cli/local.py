@@ -15,7 +15,7 @@ from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh.vectors import l2_norms, normalized
 from embedmesh_cli.console import USAGE, UserError
 from embedmesh_cli.likeness import Vectors
-from embedmesh_encoder.backend import create_backend
+from embedmesh_encoder.backend import BackendOptions, create_backend
 from embedmesh_encoder.model import ModelSpec
 from embedmesh_encoder.preparation import KindsPreparer, Prepared
 
@@ -32,14 +32,14 @@ class LocalModel:
         backend: Runs its graph.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
-        """Load it; raises ModelError."""
+    def __init__(self, spec: ModelSpec, *, lanes: int = 1) -> None:
+        """Load it, for so many runs at the same time; raises ModelError."""
         from embedmesh_encoder.modalities import MODALITIES, default_preparer  # noqa: PLC0415  (slow to import)
 
         self.preparer = default_preparer(spec)
         self._spec = spec
         self._units = MODALITIES[spec.modality].defaults(spec).batch_cost
-        self.backend = create_backend(spec)
+        self.backend = create_backend(spec, BackendOptions(lanes=lanes))
 
     def batches(self, items: Sequence[Any]) -> Iterator[list[Prepared]]:
         """Prepare items and put them into batches, in order; raises UserError for one that cannot be embedded."""

@@ -135,6 +135,7 @@ class _Lane(Generic[T, R]):
     batch: list[Pending[T, R]]
     parts: list[list[Pending[T, R]]]
     since: float
+    alone: bool = False
 
 
 class PendingQueue(Generic[T, R]):
@@ -286,8 +287,14 @@ class Batcher(Generic[T, R]):
     raise. Either way only the guilty fail: what failed in company runs again by halves, down to
     alone, in the same lane. The futures hold the outcome, and a caller leaves by cancelling them.
 
+    Where the backend `widens`, a batch that leaves nothing behind in the queue runs alone, and fast; as soon as more
+    waits than one batch takes, all lanes are at work.
+
     Each priority has a queue of `max_queue_cost` units of its own, so neither can keep the other
     out at the door. Use it from one event loop; `close` it at the end.
+
+    Attributes:
+        batch_seconds: What the batch that ended last took; 0 before there was one.
     """
 
     def __init__(
@@ -296,6 +303,7 @@ class Batcher(Generic[T, R]):
         *,
         policy: BatchPolicy,
         lanes: int,
+        widens: bool = False,
         max_queue_cost: int,
         metrics: EncoderMetrics,
         model: str,
@@ -304,6 +312,7 @@ class Batcher(Generic[T, R]):
         self._run_batch = run_batch
         self._policy = policy
         self._lanes = lanes
+        self._widens = widens
         self._max_queue_cost = max_queue_cost
         self._model = model
         self._tracing = tracing
@@ -316,6 +325,7 @@ class Batcher(Generic[T, R]):
         self._idle.set()
         # Units per second and lane; None until a batch has run.
         self._rate: float | None = None
+        self.batch_seconds = 0.0
         # Units of an input, a moving average.
         self._mean_cost = 1.0
         self._shown = [
@@ -345,9 +355,13 @@ class Batcher(Generic[T, R]):
     @property
     def stalled_seconds(self) -> float:
         """How long no lane has been free for new work; 0 while one is."""
-        if len(self._running) < self._lanes:
+        if not self._full:
             return 0.0
         return asyncio.get_running_loop().time() - max(lane.since for lane in self._running)
+
+    @property
+    def _full(self) -> bool:
+        return len(self._running) >= self._lanes or any(lane.alone for lane in self._running)
 
     def submit(
         self,
@@ -477,7 +491,7 @@ class Batcher(Generic[T, R]):
         """Give every free lane a batch."""
         self._pump_due = False
         loop = asyncio.get_running_loop()
-        while len(self._running) < self._lanes:
+        while not self._full:
             now = loop.time()
             taken = take_batch(self._queue, self._policy, now)
             for entry in taken.gone:
@@ -487,7 +501,8 @@ class Batcher(Generic[T, R]):
                 _fail(entry, DeadlineExceeded("the deadline passed while the input waited for a batch"))
             if not taken.batch:
                 break
-            lane = _Lane(taken.batch, [taken.batch], now)
+            alone = self._widens and not self._running and not self._queue
+            lane = _Lane(taken.batch, [taken.batch], now, alone)
             self._running.add(lane)
             self._run_next_part(lane)
             for entry in taken.batch:
@@ -528,6 +543,7 @@ class Batcher(Generic[T, R]):
         seconds: float,
     ) -> None:
         """Deliver what is good; what failed in company runs again by halves."""
+        self.batch_seconds = seconds
         if isinstance(outcomes, Exception):
             if len(part) > 1:
                 _log.warning(

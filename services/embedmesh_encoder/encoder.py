@@ -143,6 +143,7 @@ class Encoder:
                 aging_seconds=options.aging_seconds,
             ),
             lanes=options.lanes,
+            widens=backend.widens,
             max_queue_cost=options.max_queue_cost,
             metrics=metrics,
             model=spec.name,
@@ -167,6 +168,11 @@ class Encoder:
     def stalled_seconds(self) -> float:
         """How long every lane has been held by the same batch; a backend that hangs shows here."""
         return self._batcher.stalled_seconds
+
+    @property
+    def batch_seconds(self) -> float:
+        """What the batch that ended last took; 0 before there was one."""
+        return self._batcher.batch_seconds
 
     async def warm_up(self, items: Sequence[Any]) -> None:
         """Run inputs, so that the first call is as fast as any and a broken model shows.

@@ -279,6 +279,7 @@ class EmbedService:
         )
         started = time.perf_counter()
         _fill(response, encoder.spec, outcomes, output, content)
+        response.usage.model_seconds = encoder.batch_seconds
         self._metrics.stage_seconds.labels(encoder.spec.name, "finish").observe(time.perf_counter() - started)
         if self._tracing.on:
             self._tracing.note(units=response.usage.input_units, failed=response.usage.failed_inputs)

@@ -19,7 +19,7 @@ from embedmesh.errors import EmbedMeshError, InternalError, to_status, trailing_
 from embedmesh_server.metrics import ServerMetrics
 from embedmesh_server.tracing import NO_TRACING, Span, Tracing
 
-__all__ = ["REQUEST_ID_KEY", "Authenticate", "Boundary", "deadline_of", "request_id"]
+__all__ = ["REQUEST_ID_KEY", "Authenticate", "Boundary", "deadline_of", "new_request_id", "request_id"]
 
 REQUEST_ID_KEY = "x-request-id"
 _LONGEST_REQUEST_ID = 128
@@ -40,6 +40,11 @@ _log = logging.getLogger(__name__)
 def request_id() -> str:
     """Id of the call being served; "" outside of one."""
     return _request_id.get()
+
+
+def new_request_id() -> None:
+    """Give what the running task does an id of its own: for work that is not of one call alone."""
+    _request_id.set(uuid.uuid4().hex)
 
 
 def deadline_of(context: grpc.aio.ServicerContext[Any, Any], default_seconds: float) -> float:

@@ -237,7 +237,9 @@ class GatewayMetrics:
             "embedmesh_upstream_inputs", "Inputs sent to encoders.", ["modality"], registry=registry
         )
         self.refused_inputs = Counter(
-            "embedmesh_gateway_refused_inputs", "Inputs refused because the gateway was full.", registry=registry
+            "embedmesh_gateway_refused_inputs",
+            "Inputs refused by the gateway itself: it is full, or encoders lately refused most of what was sent.",
+            registry=registry,
         )
         self.key_inputs = Counter(
             "embedmesh_key_inputs",

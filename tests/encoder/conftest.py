@@ -38,6 +38,7 @@ class Gate:
 
     name = "fake"
     precision = "float32"
+    widens = False
 
     def __init__(self, spec: ModelSpec) -> None:
         self._backend = FakeBackend(spec)

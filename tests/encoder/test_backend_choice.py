@@ -116,8 +116,24 @@ def test_this_machine_is_looked_at() -> None:
     assert "openvino" in machine.packages
 
 
-@pytest.mark.parametrize(("cores", "lanes"), [({0}, 1), ({0, 1}, 2), (set(range(32)), 2)])
-def test_openvino_has_two_lanes(cores: set[int], lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("backend", "cores", "size", "lanes"),
+    [
+        ("openvino", {0}, 0, 1),
+        ("openvino", {0, 1}, 0, 2),
+        ("openvino", set(range(32)), 2**30, 2),
+        ("onnxruntime", {0}, 0, 1),
+        ("onnxruntime", {0, 1}, 200 * 2**20, 2),
+        # Its second lane needs a second copy of the weights.
+        ("onnxruntime", {0, 1}, 300 * 2**20, 1),
+        ("cuda", {0, 1}, 0, 1),
+    ],
+)
+def test_lanes(
+    make: Make, backend: Any, cores: set[int], size: int, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: cores)
-    assert best_lanes("openvino") == lanes
-    assert best_lanes("onnxruntime") == 1
+    spec = make().run_by(backend, "float32")
+    with (spec.folder / "model.onnx").open("wb") as graph:
+        graph.truncate(size)
+    assert best_lanes(spec) == lanes

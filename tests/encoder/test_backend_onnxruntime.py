@@ -42,6 +42,53 @@ def test_cuda_graphs_are_for_cuda(spec: ModelSpec) -> None:
         create_backend(spec, BackendOptions(cuda_graphs=True))
 
 
+class _Gate:
+    """A session that waits before each run."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.entered, self.open = threading.Event(), threading.Event()
+
+    def run(self, *args: Any) -> Any:
+        self.entered.set()
+        assert self.open.wait(20)
+        return self._session.run(*args)
+
+
+def test_a_run_alone_has_all_threads_and_one_beside_it_its_part(spec: ModelSpec) -> None:
+    backend = create_backend(spec, BackendOptions(intra_op_threads=5, lanes=2))
+    assert isinstance(backend, module.OnnxRuntimeBackend)
+    assert backend.widens
+    threads = [each.get_session_options().intra_op_num_threads for each in (backend._session, backend._beside)]
+    assert threads == [5, 2]
+    wide, beside = backend._session, backend._beside
+    feeds = {end.name: np.zeros([1, 3, 32, 32], np.float32) for end in wide.get_inputs()}
+    backend._session, backend._beside = gate, other = _Gate(wide), _Gate(beside)
+    other.open.set()
+    first = threading.Thread(target=backend.run, args=(feeds,))
+    first.start()
+    try:
+        assert gate.entered.wait(20)
+        expected = wide.run(None, feeds)[0]
+        np.testing.assert_allclose(next(iter(backend.run(feeds).values())), expected, rtol=1e-5)
+        assert other.entered.is_set()
+    finally:
+        gate.open.set()
+        first.join()
+    other.entered.clear()
+    backend.run(feeds)
+    assert not other.entered.is_set()
+    backend.close()
+
+
+@pytest.mark.parametrize("options", [BackendOptions(lanes=1), BackendOptions(lanes=2, intra_op_threads=1)])
+def test_one_lane_or_thread_needs_one_session(spec: ModelSpec, options: BackendOptions) -> None:
+    backend = create_backend(spec, options)
+    assert isinstance(backend, module.OnnxRuntimeBackend)
+    assert (backend.widens, backend._beside) == (False, None)
+    backend.close()
+
+
 def test_options_of_the_providers(spec: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None)
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)

@@ -363,9 +363,15 @@ async def make(model: Model, registry: CollectorRegistry) -> AsyncIterator[Make]
     metrics = EncoderMetrics(registry)
     made: list[Batcher[Any, Any]] = []
 
-    def make(*, lanes: int = 1, max_queue_cost: int = 1000, **policy: Any) -> Batcher[Any, Any]:
+    def make(*, lanes: int = 1, widens: bool = False, max_queue_cost: int = 1000, **policy: Any) -> Batcher[Any, Any]:
         batcher: Batcher[Any, Any] = Batcher(
-            model, policy=BatchPolicy(**policy), lanes=lanes, max_queue_cost=max_queue_cost, metrics=metrics, model="m"
+            model,
+            policy=BatchPolicy(**policy),
+            lanes=lanes,
+            widens=widens,
+            max_queue_cost=max_queue_cost,
+            metrics=metrics,
+            model="m",
         )
         made.append(batcher)
         return batcher
@@ -409,6 +415,19 @@ async def test_answers_in_place(make: Make, registry: CollectorRegistry) -> None
     assert sample(registry, "encoder_stage_seconds_count", stage="infer") == 2
 
 
+async def test_the_time_of_the_batch_that_ended_last_is_told(make: Make, model: Model) -> None:
+    batcher, busy = await blocked(make, model)
+    assert batcher.batch_seconds == 0
+    await asyncio.sleep(0.1)
+    assert batcher.batch_seconds == 0  # none has ended yet
+    model.gate.set()
+    await busy
+    slow = batcher.batch_seconds
+    assert slow >= 0.1
+    await asyncio.gather(*batcher.submit(["fail"], [1]), return_exceptions=True)
+    assert 0 < batcher.batch_seconds != slow
+
+
 async def test_groups_run_apart(make: Make, model: Model) -> None:
     batcher = make()
     assert await asyncio.gather(*batcher.submit([1, 2, 3, 4], [1] * 4, ["a", "b", "a", None])) == [1, 2, 3, 4]
@@ -448,6 +467,29 @@ async def test_lanes_run_side_by_side_without_blocking_the_loop(make: Make, mode
     assert repr(batcher) == "<Batcher queued=1 running=2/2>"
     model.gate.set()
     assert await asyncio.gather(*futures) == [1, 2, 3]
+
+
+async def test_a_batch_that_leaves_nothing_behind_has_all_lanes(make: Make, model: Model) -> None:
+    batcher, busy = await blocked(make, model, lanes=2, widens=True, max_cost=1)
+    assert batcher.batch_seconds == 0
+    futures = batcher.submit([1, 2, 3], [1, 1, 1])
+    await asyncio.sleep(0.01)
+    assert repr(batcher) == "<Batcher queued=3 running=1/2>"
+    assert batcher.stalled_seconds > 0
+    model.batches.clear()
+    model.gate.set()
+    assert [await busy, *await asyncio.gather(*futures)] == ["busy", 1, 2, 3]
+    assert 0 < batcher.batch_seconds < 30
+
+
+async def test_more_than_a_batch_takes_all_lanes(make: Make, model: Model) -> None:
+    model.gate.clear()
+    batcher = make(lanes=2, widens=True, max_cost=1)
+    futures = batcher.submit([1, 2], [1, 1])
+    await until(lambda: len(model.batches) == 2)
+    assert batcher.stalled_seconds > 0
+    model.gate.set()
+    assert await asyncio.gather(*futures) == [1, 2]
 
 
 async def test_interactive_work_overtakes(make: Make, model: Model) -> None:

@@ -357,6 +357,17 @@ async def test_stages_are_timed(open_house: OpenHouse) -> None:
     assert house.sample("encoder_inputs_total", outcome="ok") == 3
 
 
+async def test_an_answer_tells_how_long_the_model_worked(open_house: OpenHouse) -> None:
+    house = await open_house()
+    first = await house.block()
+    await asyncio.sleep(0.1)
+    house.gate.open()
+    slow = (await first).usage.model_seconds
+    assert slow >= 0.1
+    bad = await house.embed("quick", FAIL)
+    assert 0 < bad.usage.model_seconds != slow
+
+
 async def test_a_flood_is_answered_or_refused_but_never_hangs(open_house: OpenHouse) -> None:
     house = await open_house({"base_ms": 20.0}, max_queue_cost=500)
 

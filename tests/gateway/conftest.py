@@ -151,6 +151,7 @@ class Encoder(
 ):
     """An encoder of one modality. `before` runs in every call, `after` may spoil the response.
 
+    `model_seconds` is what it says of its last batch; 0 says nothing, as an encoder of an earlier version.
     The text "[[bad]]" and empty contents fail alone; "[[failed]]" fails as inference does.
     """
 
@@ -185,6 +186,7 @@ class Encoder(
         self.cancelled = 0
         self.before: Callable[[Any], Awaitable[None]] | None = None
         self.after: Callable[[Any], None] | None = None
+        self.model_seconds = 0.0
         self.address = ""
         self.server: grpc.aio.Server | None = None
 
@@ -241,6 +243,7 @@ class Encoder(
         response = _RESPONSES[self.modality](models=[self.info.model])
         for i, item in enumerate(request.inputs):
             self._one(i, item, request, response.results.add())
+        response.usage.model_seconds = self.model_seconds
         if self.after is not None:
             self.after(response)
         return response

@@ -185,11 +185,12 @@ async def test_nobody_in_a_hurry_waits_for_a_stream_that_sits_overload_out(mesh:
     async def full(request: Any) -> None:
         if not refused.is_set():
             refused.set()
-            raise Overloaded("queue full", retry_after=1)
+            raise Overloaded("queue full", retry_after=2)
 
     mesh.text.before = full
     stream = asyncio.create_task(collect(mesh.gateway.EmbedStream(iter([chunk(mesh, 1, ["a"])]), timeout=20)))
     await refused.wait()
+    await asyncio.sleep(0.1)  # as long as the refusal speaks for others, and longer
     response = await mesh.embed(["a"], priority=pb.PRIORITY_BULK)
     assert not response.results[0].cached
     assert not stream.done()

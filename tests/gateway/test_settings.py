@@ -110,3 +110,10 @@ def test_targets_are_those_that_were_given() -> None:
 def test_half_a_tls_is_refused(flags: tuple[str, ...], sentence: str) -> None:
     with pytest.raises(SettingsError, match=sentence):
         read_settings("--text-target", "x:1", *flags)
+
+
+def test_calls_are_held_unless_that_is_turned_off() -> None:
+    assert read_settings("--text-target", "a:1").hold_ms == 5
+    assert read_settings("--text-target", "a:1", "--hold-ms", "0").hold_ms == 0
+    with pytest.raises(SettingsError, match="hold-ms"):
+        read_settings("--text-target", "a:1", "--hold-ms", "-1")

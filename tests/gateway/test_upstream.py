@@ -18,7 +18,7 @@ from embedmesh import vectors
 from embedmesh.errors import DeadlineExceeded, EncoderUnreachable, InferenceFailed, InternalError, NotReady
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh.v1 import text_pb2
-from embedmesh_gateway.upstream import Upstream
+from embedmesh_gateway.upstream import Terms, Upstream
 from embedmesh_server.files import Files, Followed
 from embedmesh_server.metrics import FileMetrics, GatewayMetrics
 from embedmesh_server.tls import Identity, TlsFiles, follow
@@ -42,10 +42,7 @@ async def open_upstream() -> AsyncIterator[Callable[..., tuple[Upstream, Collect
 async def embed(upstream: Upstream, *texts: str, seconds: float = 20.0) -> Any:
     return await upstream.embed(
         [text_pb2.TextInput(text=text) for text in texts],
-        model="",
-        kinds=[pb.EMBEDDING_KIND_DENSE],
-        truncation=pb.TRUNCATION_START,
-        priority=pb.PRIORITY_BULK,
+        Terms("", (pb.EMBEDDING_KIND_DENSE,), pb.TRUNCATION_START, pb.PRIORITY_BULK),
         deadline=asyncio.get_running_loop().time() + seconds,
     )
 

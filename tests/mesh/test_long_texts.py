@@ -42,7 +42,8 @@ class Recorder:
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
-        self.name, self.precision, self.close = backend.name, backend.precision, backend.close
+        self.name, self.precision, self.widens = backend.name, backend.precision, backend.widens
+        self.close = backend.close
         self.batches: list[tuple[int, int]] = []
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> Any:

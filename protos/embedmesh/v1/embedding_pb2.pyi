@@ -494,22 +494,28 @@ class Usage(_message.Message):
     INPUT_UNITS_FIELD_NUMBER: _builtins.int
     CACHED_INPUTS_FIELD_NUMBER: _builtins.int
     FAILED_INPUTS_FIELD_NUMBER: _builtins.int
+    MODEL_SECONDS_FIELD_NUMBER: _builtins.int
     input_units: _builtins.int
     """Sum of EmbedResult.input_units over all inputs that gave a vector."""
     cached_inputs: _builtins.int
     """Number of inputs answered from the cache."""
     failed_inputs: _builtins.int
     """Number of inputs that gave an error."""
+    model_seconds: _builtins.float
+    """How long the model worked on the batch that ended last, in seconds. Set by encoders; 0 where no batch has ended
+    and in answers of a gateway. What a call took beyond it, it waited.
+    """
     def __init__(
         self,
         *,
         input_units: _builtins.int = ...,
         cached_inputs: _builtins.int = ...,
         failed_inputs: _builtins.int = ...,
+        model_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_inputs", b"cached_inputs", "failed_inputs", b"failed_inputs", "input_units", b"input_units"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_inputs", b"cached_inputs", "failed_inputs", b"failed_inputs", "input_units", b"input_units", "model_seconds", b"model_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

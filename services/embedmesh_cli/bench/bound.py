@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from embedmesh.v1 import embedding_pb2 as pb
 from embedmesh_cli.bench.measure import Latencies
 from embedmesh_cli.local import LocalModel
+from embedmesh_encoder.backend import best_lanes
 from embedmesh_encoder.modalities import MODALITIES
 from embedmesh_encoder.model import load_spec
 from embedmesh_encoder.preparation import Prepared
@@ -77,7 +79,10 @@ class Bound:
         settings = kind.defaults(self.spec)
         self.budget = settings.batch_cost
         self._most_items = settings.batch_items
+        self._lanes = best_lanes(self.spec)
         self._model = LocalModel(self.spec)
+        # Apart, because what is made for several lanes may be slower alone (openvino).
+        self._in_lanes = LocalModel(self.spec, lanes=self._lanes) if self._lanes > 1 else self._model
         self._preparer = self._model.preparer
 
     @property
@@ -89,7 +94,8 @@ class Bound:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._model.close()
+        for model in {self._model, self._in_lanes}:
+            model.close()
 
     def prepare(self, inputs: Sequence[Any]) -> list[Prepared]:
         """Make arrays of texts, or of the bytes of pictures or sounds."""
@@ -100,7 +106,15 @@ class Bound:
         return self._model.embed(batch, unit=False)
 
     def best(self, prepared: Batch, seconds: float) -> Pass:
-        """The bound: batches within the encoder's budget, chosen with all inputs in sight."""
+        """The bound: batches within the encoder's budget, chosen with all inputs in sight, in as many lanes."""
+
+        def run(batch: Batch) -> None:
+            self._in_lanes.embed(batch, unit=False)
+
+        return self._timed(list(self._batches(prepared)), run, seconds, self._units, lanes=self._lanes)
+
+    def one_batch_at_a_time(self, prepared: Batch, seconds: float) -> Pass:
+        """The same batches one after the other, each with all cores."""
         return self._timed(list(self._batches(prepared)), self.vectors, seconds, self._units)
 
     def one_by_one(self, prepared: Batch, seconds: float) -> Pass:
@@ -178,21 +192,32 @@ class Bound:
         return feeds
 
     def _timed(
-        self, batches: Sequence[Batch], run: Callable[[Batch], object], seconds: float, units: Callable[[Batch], int]
+        self,
+        batches: Sequence[Batch],
+        run: Callable[[Batch], object],
+        seconds: float,
+        units: Callable[[Batch], int],
+        *,
+        lanes: int = 1,
     ) -> Pass:
-        inputs = real = computed = 0
+        done: list[Batch] = []
+
+        def work(lane: int) -> None:
+            for batch in until_over(batches, seconds, seed=lane):
+                run(batch)
+                done.append(batch)
+
         started, cpu = time.perf_counter(), time.process_time()
-        for batch in until_over(batches, seconds):
-            run(batch)
-            inputs += len(batch)
-            real += sum(one.units for one in batch)
-            computed += units(batch)
-        return Pass(time.perf_counter() - started, inputs, real, 1 - real / computed, time.process_time() - cpu)
+        with ThreadPoolExecutor(lanes) as threads:
+            list(threads.map(work, range(lanes)))
+        elapsed, used = time.perf_counter() - started, time.process_time() - cpu
+        real = sum(one.units for batch in done for one in batch)
+        return Pass(elapsed, sum(map(len, done)), real, 1 - real / sum(map(units, done)), used)
 
 
-def until_over(batches: Sequence[Any], seconds: float) -> Iterator[Any]:
+def until_over(batches: Sequence[Any], seconds: float, *, seed: int = 0) -> Iterator[Any]:
     """Give batches until the time is up, again and again, in a mixed order: those that ran stand for the rest."""
-    order = np.random.default_rng(0).permutation(len(batches))
+    order = np.random.default_rng(seed).permutation(len(batches))
     end = time.perf_counter() + seconds
     while True:
         for i in order:

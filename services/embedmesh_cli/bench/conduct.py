@@ -26,6 +26,8 @@ _KEPT_BULK = 0.7
 _OVER = 3.0
 # The queue of the overload scenario holds the work of so many seconds.
 _QUEUE_SECONDS = 1.0
+# Of the queue: inputs that fit into a batch overtake larger ones that do not.
+_OVERTAKING = 0.1
 _KEPT_GOODPUT = 0.95
 _REFUSED_SECONDS = 0.005
 _CALL = 4
@@ -132,11 +134,13 @@ async def _overload(session: Session, section: Section, name: str, model: Path, 
         )
     able, overloaded = found.values()
     goodput = _rate(overloaded) / _rate(able)
-    accepted = Latencies.merged(one.latency for one in overloaded)
     refused = Latencies.merged(one.refusal for one in overloaded)
-    batch = Spread.of(one.seen.batch_seconds for one in overloaded).median
-    # What waits, what runs, and what is being made ready.
-    limit = queue / (_rate_units(able) or math.nan) + 3 * batch
+    # What waits, what overtakes because it fits where that does not, what runs, and what is being made ready; at the
+    # rate of that very round, because how much of the capacity is left is the check before.
+    limits = [(1 + _OVERTAKING) * queue / (one.units or math.nan) + 3 * one.seen.batch_seconds for one in overloaded]
+    waited, limit = max(
+        zip((one.latency.at(99) for one in overloaded), limits, strict=True), key=lambda pair: pair[0] / pair[1]
+    )
     section.checks += [
         Check(
             f"{name}: goodput at least {percent(_KEPT_GOODPUT)} of capacity",
@@ -144,9 +148,9 @@ async def _overload(session: Session, section: Section, name: str, model: Path, 
             goodput >= _KEPT_GOODPUT,
         ),
         Check(
-            f"{name}: accepted p99 within a full queue and three batches, {milliseconds(limit)} ms",
-            f"{milliseconds(accepted.at(99))} ms",
-            accepted.at(99) <= limit,
+            f"{name}: accepted p99 of each round within 1.1 full queues and three batches, {milliseconds(limit)} ms",
+            f"{milliseconds(waited)} ms",
+            waited <= limit,
         ),
         Check(
             f"{name}: the excess is refused in {_REFUSED_SECONDS * 1e3:g} ms (p99)",
@@ -165,7 +169,3 @@ async def _overload(session: Session, section: Section, name: str, model: Path, 
 
 def _rate(rounds: list[Measured]) -> float:
     return Spread.of(one.vectors for one in rounds).median
-
-
-def _rate_units(rounds: list[Measured]) -> float:
-    return Spread.of(one.units for one in rounds).median

@@ -71,6 +71,7 @@ async def _in_process(
     prepared = await asyncio.to_thread(bound.prepare, inputs)
     section.notes.append(f"{sum(one.units for one in prepared) / len(prepared):.1f} units an input")
     plans: dict[str, Plan] = {
+        "in process, one batch at a time": lambda: asyncio.to_thread(bound.one_batch_at_a_time, prepared, seconds),
         "in process, one by one": lambda: asyncio.to_thread(bound.one_by_one, prepared, seconds),
         f"in process, {_BATCH} prepared, then embedded": lambda: asyncio.to_thread(
             bound.with_preparation, inputs, seconds, _BATCH

@@ -30,10 +30,12 @@ class Backend(Protocol):
     Attributes:
         name: What runs it, for metrics; one of `embedmesh_encoder.model.BackendName`.
         precision: Precision of its arithmetic, for metrics; one of `embedmesh_encoder.model.Precision`.
+        widens: Whether a run that has no other beside it takes the threads of all lanes.
     """
 
     name: str
     precision: str
+    widens: bool
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
         """Run the graph. Blocking, releases the GIL, may be called from several threads at once.
@@ -80,6 +82,7 @@ def create_backend(spec: ModelSpec, options: BackendOptions | None = None) -> Ba
     return OnnxRuntimeBackend(
         spec,
         intra_op_threads=options.intra_op_threads,
+        lanes=options.lanes,
         cache_folder=options.cache_folder,
         cuda_graphs=options.cuda_graphs,
     )

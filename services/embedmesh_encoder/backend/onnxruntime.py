@@ -38,13 +38,18 @@ _NO_GRAPH: Final = -1
 
 
 class OnnxRuntimeBackend:
-    """Implements `Backend` with one `InferenceSession`, which is thread-safe by itself."""
+    """Implements `Backend` with an `InferenceSession`, which is thread-safe by itself.
+
+    On a CPU with several lanes there is a second session, with a lane's part of the threads, for runs beside another
+    one; see services/README.md, "alone with all cores, together with one each".
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
         *,
         intra_op_threads: int = 0,
+        lanes: int = 1,
         cache_folder: Path | None = None,
         cuda_graphs: bool = False,
     ) -> None:
@@ -53,6 +58,7 @@ class OnnxRuntimeBackend:
         Args:
             spec: The model; its backend chooses the execution provider.
             intra_op_threads: Threads of one run; 0 takes one for each core this process may use.
+            lanes: Runs at the same time.
             cache_folder: Where engines of TensorRT are kept between starts; none by default.
             cuda_graphs: On "cuda", record the work of each set of shapes once and replay it.
 
@@ -75,10 +81,16 @@ class OnnxRuntimeBackend:
                 f'model "{spec.name}" cannot use CUDA graphs: they want the backend "cuda", and outputs whose shape '
                 'follows from the shapes of the inputs, which those of layout "packed" do not'
             )
+        # onnxruntime's own default counts the machine's cores, not those this process may use.
+        threads = intra_op_threads or len(os.sched_getaffinity(0))
+        providers = _providers(spec, cache_folder, cuda_graphs)
+        self._beside: Any = None
         try:
-            self._session: Any = ort.InferenceSession(
-                path, _session_options(intra_op_threads), providers=_providers(spec, cache_folder, cuda_graphs)
-            )
+            self._session: Any = ort.InferenceSession(path, _session_options(threads), providers=providers)
+            if lanes > 1 < threads and spec.backend == "onnxruntime":
+                self._beside = ort.InferenceSession(
+                    path, _session_options(max(1, threads // lanes)), providers=providers
+                )
         except Exception as error:  # noqa: BLE001  (onnxruntime's exceptions have no public base)
             raise unloadable(path, version, error) from None
         # Without its driver or libraries a provider is left out with no more than a line in the log.
@@ -90,6 +102,9 @@ class OnnxRuntimeBackend:
         self._session.disable_fallback()
         self._outputs = list(dict.fromkeys(spec.outputs.values()))
         _check(self._session, spec)
+        self.widens = self._beside is not None
+        self._running = 0
+        self._lock = threading.Lock()
         self._device = None if spec.backend == "onnxruntime" else _Device(self._session, "cuda", graphs=cuda_graphs)
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
@@ -97,12 +112,18 @@ class OnnxRuntimeBackend:
         outputs = outputs or self._outputs
         if self._device:
             return self._device.run(feeds, outputs)
-        return dict(zip(outputs, self._session.run(outputs, dict(feeds)), strict=True))
+        with self._lock:
+            session = self._beside if self._beside and self._running else self._session
+            self._running += 1
+        try:
+            return dict(zip(outputs, session.run(outputs, dict(feeds)), strict=True))
+        finally:
+            with self._lock:
+                self._running -= 1
 
     def close(self) -> None:
-        """Free the session's memory and threads."""
-        self._device = None
-        self._session = None
+        """Free the sessions' memory and threads."""
+        self._device = self._session = self._beside = None
 
 
 class _Device:
@@ -205,8 +226,7 @@ def _providers(spec: ModelSpec, cache_folder: Path | None, cuda_graphs: bool) ->
 
 def _session_options(intra_op_threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    # onnxruntime's own default counts the machine's cores, not those this process may use.
-    options.intra_op_num_threads = intra_op_threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = intra_op_threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from embedmesh_encoder.model import BackendName
+from embedmesh_encoder.model import ModelSpec
 
 __all__ = ["BackendOptions", "TritonOptions", "best_lanes"]
 
@@ -47,6 +48,14 @@ class BackendOptions:
     triton: TritonOptions = TritonOptions()
 
 
-def best_lanes(backend: BackendName) -> int:
+# Up to this size onnxruntime may keep a second copy of a model's files, for the second lane.
+_TWICE_BYTES: Final = 256 * 2**20
+
+
+def best_lanes(spec: ModelSpec) -> int:
     """Give how many batches should run at the same time here, by the figures in services/README.md."""
-    return 2 if backend == "openvino" and len(os.sched_getaffinity(0)) > 1 else 1
+    if len(os.sched_getaffinity(0)) == 1:
+        return 1
+    if spec.backend == "onnxruntime":
+        return 2 if sum(spec.path(file).stat().st_size for file in spec.files) <= _TWICE_BYTES else 1
+    return 2 if spec.backend == "openvino" else 1

@@ -22,7 +22,6 @@ back: see `give_back`.
 
 from __future__ import annotations
 
-import ctypes
 from io import BytesIO
 from typing import Any, Final
 
@@ -38,6 +37,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from embedmesh.errors import EmbedMeshError, InputTooLarge, UndecodableInput
 from embedmesh_encoder.image.container import Format, orientation, read_container
+from embedmesh_encoder.memory import trim
 
 __all__ = ["MAX_IMAGE_BYTES", "MAX_IMAGE_PIXELS", "decode", "give_back"]
 
@@ -68,8 +68,6 @@ _BAND_PIXELS: Final = 1 << 20
 _TIFF_BITS: Final = 258
 # Smaller pictures than this (16 MiB as Pillow keeps them) leave little behind.
 _LARGE_PIXELS: Final = 1 << 22
-# Of glibc alone; it takes 0 for "all that is free".
-_malloc_trim: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def decode(content: bytes, *, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -123,8 +121,8 @@ def decode(content: bytes, *, max_bytes: int = MAX_IMAGE_BYTES, max_pixels: int 
 
 def give_back(pixels: int) -> None:
     """Let the system have the memory of a picture that is gone; does something for large ones only."""
-    if pixels >= _LARGE_PIXELS and _malloc_trim:
-        _malloc_trim(0)
+    if pixels >= _LARGE_PIXELS:
+        trim()
 
 
 def _check(pixels: int, max_pixels: int) -> None:
