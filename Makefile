@@ -64,7 +64,7 @@ proto: .venv/dev.stamp ## Generate the stubs from protos/embedmesh/v1/*.proto
 test-torch: .venv-torch/dev.stamp ## Compare with the reference library (installs torch into .venv-torch)
 	.venv-torch/bin/python -m pytest -m torch $(ARGS)
 
-export-table: .venv-torch/dev.stamp ## Export small models of every family, compare, write the tables of services/README.md
+export-table: .venv-torch/dev.stamp ## Export small models of every family, compare, write the tables of services/embedmesh_cli/README.md
 	WRITE_EXPORT_TABLE=1 .venv-torch/bin/python -m pytest -m torch tests/mesh/test_exported.py tests/mesh/test_exported_kinds.py $(ARGS)
 
 starter: .venv-torch/starter.stamp ## Make the starter image and audio models anew: material, training, figures (two hours)

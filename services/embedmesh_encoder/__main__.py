@@ -291,10 +291,9 @@ async def _load(
     *,
     threads: ThreadPoolExecutor,
 ) -> Encoder:
-    lanes = settings.lanes or best_lanes(spec)
-
-    def read() -> tuple[Preparer, Backend]:
+    def read() -> tuple[int, Preparer, Backend]:
         verify_files(spec)
+        lanes = settings.lanes or best_lanes(spec)
         options = BackendOptions(
             intra_op_threads=settings.threads,
             lanes=lanes,
@@ -303,12 +302,12 @@ async def _load(
             cuda_graphs=settings.cuda_graphs,
             triton=TritonOptions(settings.triton_url, settings.triton_timeout_seconds, settings.triton_shared_memory),
         )
-        loaded = kind.inputs.preparer(spec, settings), create_backend(spec, options)
+        loaded = lanes, kind.inputs.preparer(spec, settings), create_backend(spec, options)
         # Reading and rewriting a graph leaves free memory behind: 35 MiB of MiniLM's.
         trim()
         return loaded
 
-    preparer, backend = await asyncio.get_running_loop().run_in_executor(threads, read)
+    lanes, preparer, backend = await asyncio.get_running_loop().run_in_executor(threads, read)
     options = EncoderOptions(
         batch_cost=settings.batch_cost,
         batch_items=settings.batch_items,

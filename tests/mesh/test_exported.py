@@ -2,7 +2,7 @@
 
 Small models of each architecture with random weights, saved by sentence-transformers itself.
 
-    make export-table     # runs this and writes the table of services/README.md
+    make export-table     # runs this and writes the table of services/embedmesh_cli/README.md
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from embedmesh_encoder.text import TextItem, TextPreparer
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
 
 Float32 = NDArray[np.float32]
-README = Path(__file__).parents[2] / "services" / "README.md"
+README = Path(__file__).parents[2] / "services" / "embedmesh_cli" / "README.md"
 LEAST_COSINE = 0.9999
 MOST_COMPANY = 1e-5
 

@@ -3,7 +3,7 @@
 Small models with random weights in each layout: SPLADE, BGE-M3's heads, ColBERT of sentence-transformers, PyLate and
 Stanford, and plain hidden states.
 
-    make export-table     # runs this, too, and writes its table of services/README.md
+    make export-table     # runs this, too, and writes its table of services/embedmesh_cli/README.md
 """
 
 import json
@@ -28,7 +28,7 @@ SMALL = {
     "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
     "vocab_size": 30524, "max_position_embeddings": 128, "pad_token_id": 0,
 }  # fmt: skip
-README = Path(__file__).parents[2] / "services" / "README.md"
+README = Path(__file__).parents[2] / "services" / "embedmesh_cli" / "README.md"
 END = "[SEP]"
 PROMPTS = {"query": "question: ", "document": "passage: "}
 

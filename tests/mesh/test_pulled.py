@@ -3,7 +3,7 @@
 The genuine all-MiniLM-L6-v2, and small models of several architectures with random weights, saved by the library itself
 and exported to ONNX here.
 
-    make test-torch ARGS="-k pulled -s"     # prints the table of services/README.md
+    make test-torch ARGS="-k pulled -s"     # prints the table of services/embedmesh_cli/README.md
 """
 
 import asyncio
