@@ -125,7 +125,7 @@ def serve() -> Iterator[Callable[..., FakeGateway]]:
     with ExitStack() as stack:
 
         def start(
-            address: str = "localhost:0", *, gateway: FakeGateway | None = None, credentials: Any = None
+            address: str = "127.0.0.1:0", *, gateway: FakeGateway | None = None, credentials: Any = None
         ) -> FakeGateway:
             gateway = gateway or FakeGateway()
             pool = stack.enter_context(ThreadPoolExecutor(16))
@@ -138,7 +138,8 @@ def serve() -> Iterator[Callable[..., FakeGateway]]:
             else:
                 port = server.add_secure_port(address, credentials)
             server.start()
-            gateway.address = f"localhost:{port}"
+            # By number: of the two addresses of "localhost" one may be another server's. Certificates go by name.
+            gateway.address = f"{'localhost' if credentials else '127.0.0.1'}:{port}"
 
             def stop() -> None:
                 stopped = server.stop(0)
