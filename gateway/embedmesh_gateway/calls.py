@@ -48,6 +48,7 @@ class _Joint:
 
     full: asyncio.Future[None]
     deadline: float
+    task: asyncio.Task[None] = field(init=False)  # sends it
     inputs: list[Sequence[Message]] = field(default_factory=list)
     answers: list[asyncio.Future[list[Answer]]] = field(default_factory=list)
 
@@ -79,8 +80,8 @@ class _Queue:
     refusal: _Refusal | None = None
     refused_share: float = 0.0
     hurry_until: float = -math.inf
-    # What may still be joined, by what its parts have in common, and the task that will send it.
-    held: dict[Hashable, tuple[_Joint, asyncio.Task[None]]] = field(default_factory=dict)
+    # What may still be joined, by what its parts have in common.
+    held: dict[Hashable, _Joint] = field(default_factory=dict)
 
 
 class EncoderCalls:
@@ -123,8 +124,7 @@ class EncoderCalls:
         queue = self._queues.get(terms.queue)
         if queue is None:
             queue = self._queues[terms.queue] = _Queue()
-        if queue.refusal is not None:
-            self._refuse(queue, len(inputs))
+        self._refuse(queue, len(inputs))
         pause = self._pause(queue, inputs, terms)
         if not pause:
             return await self._call(queue, inputs, terms, deadline)
@@ -133,14 +133,13 @@ class EncoderCalls:
         # Less than a factor of two apart, so that little is computed for callers whose time is up.
         alike = math.frexp(left)[1] if 0 < left < math.inf else left
         key = (terms, most, alike)
-        held = queue.held.get(key)
-        if held and held[0].size + len(inputs) > min(most, _JOINT_INPUTS):
-            held[0].full.set_result(None)
-            held = None
-        if held is None:
-            joint = _Joint(loop.create_future(), deadline)
-            held = queue.held[key] = joint, loop.create_task(self._share(queue, joint, key, terms, pause))
-        joint, task = held
+        joint = queue.held.get(key)
+        if joint is not None and joint.size + len(inputs) > min(most, _JOINT_INPUTS):
+            joint.full.set_result(None)
+            joint = None
+        if joint is None:
+            joint = queue.held[key] = _Joint(loop.create_future(), deadline)
+            joint.task = loop.create_task(self._share(queue, joint, key, terms, pause))
         answer: asyncio.Future[list[Answer]] = loop.create_future()
         joint.inputs.append(inputs)
         joint.answers.append(answer)
@@ -153,15 +152,17 @@ class EncoderCalls:
         finally:
             if not joint.wanted:
                 _close(queue, joint, key)
-                task.cancel()
+                joint.task.cancel()
 
     def _refuse(self, queue: _Queue, inputs: int) -> None:
         """Refuse what an encoder would refuse, too."""
         refusal = queue.refusal
-        assert refusal is not None  # noqa: S101  (seen by the caller)
-        if asyncio.get_running_loop().time() >= refusal.until:
-            queue.refusal = None
-        elif inputs >= refusal.inputs and queue.refused_share > _REFUSED_SHARE:
+        if (
+            refusal is not None
+            and asyncio.get_running_loop().time() < refusal.until
+            and inputs >= refusal.inputs
+            and queue.refused_share > _REFUSED_SHARE
+        ):
             self._metrics.refused_inputs.inc(inputs)
             raise Overloaded(refusal.message, retry_after=refusal.retry_after)
 
@@ -198,7 +199,6 @@ class EncoderCalls:
             for _, answer in parts:
                 if not answer.done():
                     answer.set_exception(error)
-                    answer.exception()  # marks it as seen: the caller may leave in this very moment
         finally:
             # None may wait for ever: a channel that closes cancels its calls.
             for _, answer in parts:
@@ -224,5 +224,5 @@ class EncoderCalls:
 
 def _close(queue: _Queue, joint: _Joint, key: Hashable) -> None:
     """Let nobody join any more."""
-    if key in queue.held and queue.held[key][0] is joint:  # else it was full, and this is the next one
+    if queue.held.get(key) is joint:  # else it was full, and this is the next one
         del queue.held[key]

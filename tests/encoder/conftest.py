@@ -1,7 +1,6 @@
 """A real text encoder on the fake backend, in process, whose backend can be stopped at a gate."""
 
 import asyncio
-import ctypes
 import gc
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from embedmesh.v1 import catalog_pb2_grpc, text_pb2, text_pb2_grpc
 from embedmesh_encoder.backend.fake import FakeBackend, write_model
 from embedmesh_encoder.encoder import Encoder, EncoderOptions
+from embedmesh_encoder.memory import trim
 from embedmesh_encoder.model import ModelSpec, write_manifest
 from embedmesh_encoder.service import (
     CATALOG_SERVICE,
@@ -143,7 +143,7 @@ def kept_bytes() -> Callable[[], int]:
 
     def kept() -> int:
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        trim()
         return int(psutil.Process().memory_info().rss)
 
     return kept

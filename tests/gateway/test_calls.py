@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import grpc
@@ -46,6 +46,7 @@ class Line:
         self.upstream = Upstream("text", encoder.address, max_message_bytes=8 << 20, longest_call=20.0, metrics=metrics)
         self.calls = EncoderCalls(self.upstream, metrics, longest_hold=longest_hold, **options)
         self.gates: dict[str, asyncio.Event] = {}
+        self.first: asyncio.Task[None]  # of `busy_line`
         encoder.before = self._wait
 
     async def _wait(self, request: Any) -> None:
@@ -122,6 +123,28 @@ async def open_line(encoder: Any) -> AsyncIterator[OpenLine]:
     assert unseen == []
 
 
+BusyLine = Callable[..., Awaitable[Line]]
+
+
+@pytest.fixture
+async def busy_line(open_line: OpenLine) -> AsyncIterator[BusyLine]:
+    """A call flies, and is answered in the end; others are held for so many seconds."""
+    opened: list[Line] = []
+
+    async def open_one(seconds: float, **options: Any) -> Line:
+        line = open_line(**options)
+        line.first = await line.fly("first")
+        line.hold(seconds)
+        opened.append(line)
+        return line
+
+    yield open_one
+    for line in opened:
+        line.release()
+        if not line.first.done():
+            assert await ended(line.first) == [None]
+
+
 async def turns(number: int = 5) -> None:
     """Let all that is ready run, so many times."""
     for _ in range(number):
@@ -150,36 +173,26 @@ async def leave(*tasks: asyncio.Task[Any]) -> None:
 # Callers that leave.
 
 
-async def test_who_leaves_while_held_is_not_sent(open_line: OpenLine) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(AGES)
+async def test_who_leaves_while_held_is_not_sent(busy_line: BusyLine) -> None:
+    line = await busy_line(AGES)
     a, b, c = await start(line.right("a", most=3), line.right("b", most=3), line.right("c", most=3))
     await leave(b)
     (d,) = await start(line.right("d", most=3))  # has no room, so that the others go
     assert await ended(a, c) == [None, None]
     assert line.sent == [["first"], ["a", "c"]]
-    line.release()
-    await ended(first)
     await leave(d)
 
 
-async def test_nothing_is_sent_when_all_left_and_the_next_call_is_not_lost(open_line: OpenLine) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(AGES)
+async def test_nothing_is_sent_when_all_left_and_the_next_call_is_not_lost(busy_line: BusyLine) -> None:
+    line = await busy_line(AGES)
     await leave(*await start(line.right("a"), line.right("b")))
     line.hold(0.01)
     assert await ended(*await start(line.right("c"))) == [None]
     assert line.sent == [["first"], ["c"]]
-    line.release()
-    await ended(first)
 
 
-async def test_a_call_that_joins_while_all_others_leave_is_not_lost(open_line: OpenLine) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(AGES)
+async def test_a_call_that_joins_while_all_others_leave_is_not_lost(busy_line: BusyLine) -> None:
+    line = await busy_line(AGES)
     a, b = await start(line.right("a", most=3), line.right("b", most=3))
     c = asyncio.create_task(line.right("c", most=3))
     a.cancel()  # both are cancelled at once, but run only after c
@@ -189,15 +202,11 @@ async def test_a_call_that_joins_while_all_others_leave_is_not_lost(open_line: O
     assert await ended(c) == [None]
     assert line.sent == [["first"], ["c"]]
     await leave(d)
-    line.release()
-    await ended(first)
 
 
 @pytest.mark.parametrize("after", range(8))
-async def test_no_empty_call_is_made_when_all_leave_as_it_goes(open_line: OpenLine, after: int) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(AGES)
+async def test_no_empty_call_is_made_when_all_leave_as_it_goes(busy_line: BusyLine, after: int) -> None:
+    line = await busy_line(AGES)
     a, b = await start(line.right("a", most=2), line.right("b", most=2))
     c = asyncio.create_task(line.right("c", most=2))
     await turns(after)  # c finds it full; sooner or later it is on its way
@@ -210,14 +219,10 @@ async def test_no_empty_call_is_made_when_all_leave_as_it_goes(open_line: OpenLi
     assert (inputs, left) in ((1, 0), (3, 1))
     assert [] not in line.sent
     await leave(c)
-    line.release()
-    assert await ended(first) == [None]
 
 
-async def test_who_leaves_later_does_not_disturb_the_others(open_line: OpenLine) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(0.01)
+async def test_who_leaves_later_does_not_disturb_the_others(busy_line: BusyLine) -> None:
+    line = await busy_line(0.01)
     line.gates["b"] = asyncio.Event()
     a, b, c = await start(line.right("a"), line.right("b"), line.right("c"))
     async with asyncio.timeout(BOUND):
@@ -226,15 +231,13 @@ async def test_who_leaves_later_does_not_disturb_the_others(open_line: OpenLine)
     await leave(a)
     await leave(b)
     line.release()
-    assert await ended(first, c) == [None, None]
+    assert await ended(line.first, c) == [None, None]
     assert line.sent == [["first"], ["a", "b", "c"]]
     assert line.encoder.cancelled == 0
 
 
-async def test_the_encoder_is_told_when_all_have_left(open_line: OpenLine, settle: Any) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(0.01)
+async def test_the_encoder_is_told_when_all_have_left(busy_line: BusyLine, settle: Any) -> None:
+    line = await busy_line(0.01)
     line.gates["b"] = asyncio.Event()
     tasks = await start(line.right("a"), line.right("b"))
     await settle(lambda: line.encoder.running == 2)
@@ -244,17 +247,15 @@ async def test_the_encoder_is_told_when_all_have_left(open_line: OpenLine, settl
     await leave(tasks[1])
     await settle(lambda: line.encoder.cancelled == 1)
     line.release()
-    assert await ended(first) == [None]
+    assert await ended(line.first) == [None]
     assert repr(line.calls).startswith("<EncoderCalls flying=0 <Upstream text ")
 
 
 # Deadlines.
 
 
-async def test_who_is_out_of_time_fails_alone(open_line: OpenLine, settle: Any) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(0.01)
+async def test_who_is_out_of_time_fails_alone(busy_line: BusyLine, settle: Any) -> None:
+    line = await busy_line(0.01)
     line.gates["b"] = asyncio.Event()
     hasty, other = await start(line.right("a", seconds=2.1), line.right("b", seconds=3.9))
     await settle(lambda: line.encoder.running == 2)
@@ -263,33 +264,27 @@ async def test_who_is_out_of_time_fails_alone(open_line: OpenLine, settle: Any) 
     assert not other.done()
     assert line.encoder.timeouts[1] > 2.1  # as the latest may wait
     line.release()
-    assert await ended(first, other) == [None, None]
+    assert await ended(line.first, other) == [None, None]
     assert line.sent == [["first"], ["a", "b"]]
 
 
-async def test_a_deadline_ends_the_hold_too(open_line: OpenLine) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(AGES)
+async def test_a_deadline_ends_the_hold_too(busy_line: BusyLine) -> None:
+    line = await busy_line(AGES)
     errors = await ended(*await start(line.right("a", seconds=0.05), line.right("b", seconds=-1)))
     assert all(isinstance(error, DeadlineExceeded) for error in errors)
     line.release()
-    await ended(first)
+    await ended(line.first)
     assert line.sent == [["first"]]
 
 
-async def test_calls_of_unlike_deadlines_do_not_share_one(open_line: OpenLine) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(0.01)
+async def test_calls_of_unlike_deadlines_do_not_share_one(busy_line: BusyLine) -> None:
+    line = await busy_line(0.01)
     seconds = {"a": 17, "b": 31, "c": 65, "d": 127, "e": math.inf, "f": math.inf, "g": 15}
     await ended(*await start(*(line.right(text, seconds=left) for text, left in seconds.items())))
     assert sorted(line.sent) == [["a", "b"], ["c", "d"], ["e", "f"], ["first"], ["g"]]
     # Without a deadline a call ends all the same; see `longest_call`.
     (without,) = (left for texts, left in zip(line.sent, line.encoder.timeouts, strict=True) if texts == ["e", "f"])
     assert 0 < without < 30
-    line.release()
-    await ended(first)
 
 
 # Failures.
@@ -305,11 +300,9 @@ async def test_calls_of_unlike_deadlines_do_not_share_one(open_line: OpenLine) -
     ids=lambda error: error.code.name,
 )
 async def test_a_joint_call_that_fails_fails_each_of_its_callers_alike(
-    open_line: OpenLine, encoder: Any, error: EmbedMeshError
+    busy_line: BusyLine, encoder: Any, error: EmbedMeshError
 ) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(0.01)
+    line = await busy_line(0.01)
 
     async def fail(request: Any) -> None:
         raise error
@@ -321,14 +314,10 @@ async def test_a_joint_call_that_fails_fails_each_of_its_callers_alike(
         (error.code, error.reason, error.message, error.retry_after)
     }
     assert all(texts == list("abc") for texts in line.sent[1:])
-    line.release()
-    assert await ended(first) == [None]
 
 
-async def test_who_leaves_as_the_call_fails_leaves_no_trace(open_line: OpenLine, encoder: Any) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(0.01)
+async def test_who_leaves_as_the_call_fails_leaves_no_trace(busy_line: BusyLine, encoder: Any) -> None:
+    line = await busy_line(0.01)
 
     go = asyncio.Event()
 
@@ -350,14 +339,10 @@ async def test_who_leaves_as_the_call_fails_leaves_no_trace(open_line: OpenLine,
     go.set()
     outcomes = await ended(taking, leaving, staying)
     assert [type(outcome) for outcome in outcomes] == [type(None), asyncio.CancelledError, InferenceFailed]
-    line.release()
-    await ended(first)
 
 
-async def test_who_leaves_as_the_call_is_answered_leaves_no_trace(open_line: OpenLine) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(0.01)
+async def test_who_leaves_as_the_call_is_answered_leaves_no_trace(busy_line: BusyLine) -> None:
+    line = await busy_line(0.01)
 
     async def take_along() -> None:
         await line.right("a")
@@ -366,32 +351,26 @@ async def test_who_leaves_as_the_call_is_answered_leaves_no_trace(open_line: Ope
     taking, leaving, staying = await start(take_along(), line.right("b"), line.right("c"))
     outcomes = await ended(taking, leaving, staying)
     assert [type(outcome) for outcome in outcomes] == [type(None), asyncio.CancelledError, type(None)]
-    line.release()
-    await ended(first)
 
 
-async def test_nobody_hangs_when_the_channel_closes(open_line: OpenLine, settle: Any) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(0.01)
+async def test_nobody_hangs_when_the_channel_closes(busy_line: BusyLine, settle: Any) -> None:
+    line = await busy_line(0.01)
     line.gates["b"] = asyncio.Event()
     flying = await start(line.right("a"), line.right("b"))
     await settle(lambda: line.encoder.running == 2)
     held = await start(line.right("c"), line.right("d"))
     await line.upstream.__aexit__()
-    outcomes = await ended(first, *flying, *held)
+    outcomes = await ended(line.first, *flying, *held)
     assert all(isinstance(outcome, BaseException) for outcome in outcomes)
 
 
-async def test_nobody_hangs_when_the_encoder_dies(open_line: OpenLine, settle: Any) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(0.01)
+async def test_nobody_hangs_when_the_encoder_dies(busy_line: BusyLine, settle: Any) -> None:
+    line = await busy_line(0.01)
     line.gates["b"] = asyncio.Event()
     flying = await start(line.right("a"), line.right("b"))
     await settle(lambda: line.encoder.running == 2)
     await line.encoder.stop()
-    outcomes = await ended(first, *flying)
+    outcomes = await ended(line.first, *flying)
     assert {(type(outcome), outcome.reason) for outcome in outcomes[1:]} == {(type(outcomes[0]), outcomes[0].reason)}
     assert outcomes[0].code is grpc.StatusCode.UNAVAILABLE
 
@@ -399,16 +378,12 @@ async def test_nobody_hangs_when_the_encoder_dies(open_line: OpenLine, settle: A
 # What shares a call.
 
 
-async def test_small_calls_share_one_and_each_gets_its_own_answers(open_line: OpenLine) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(0.01)
+async def test_small_calls_share_one_and_each_gets_its_own_answers(busy_line: BusyLine) -> None:
+    line = await busy_line(0.01)
     parts = [["a"], ["b", "c"], ["a", "d", "e", "f"], ["g"]]
     assert await ended(*await start(*(line.right(*part) for part in parts))) == [None] * 4
     assert line.sent == [["first"], ["a", "b", "c", "a", "d", "e", "f", "g"]]
     assert line.metric("embedmesh_upstream_inputs_total", modality="text") == 9
-    line.release()
-    await ended(first)
 
 
 @pytest.mark.parametrize(
@@ -440,23 +415,17 @@ async def test_calls_of_unlike_terms_share_none(open_line: OpenLine, other: Term
     await ended(*flying)
 
 
-async def test_calls_that_may_carry_unlike_numbers_share_none(open_line: OpenLine) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(0.01)
+async def test_calls_that_may_carry_unlike_numbers_share_none(busy_line: BusyLine) -> None:
+    line = await busy_line(0.01)
     await ended(*await start(*(line.right(text, most=most) for text in "ab" for most in (8, 9))))
     assert line.sent == [["first"], ["a", "b"], ["a", "b"]]
-    line.release()
-    await ended(first)
 
 
 @pytest.mark.parametrize(("most", "expected"), [(3, 3), (32, 32), (64, 32)])
 async def test_a_joint_call_is_bounded_and_a_full_one_goes_before_its_time(
-    open_line: OpenLine, most: int, expected: int
+    busy_line: BusyLine, most: int, expected: int
 ) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(AGES)
+    line = await busy_line(AGES)
     texts = [f"text {i}" for i in range(expected)]
     tasks = await start(*(line.right(text, most=most) for text in texts))
     assert line.sent == [["first"]]
@@ -470,14 +439,10 @@ async def test_a_joint_call_is_bounded_and_a_full_one_goes_before_its_time(
     assert await ended(more, *tasks) == [None] * expected
     assert line.sent[2:] == [["one more", *texts[:-1]]]
     await leave(last)
-    line.release()
-    await ended(first)
 
 
-async def test_a_call_that_does_not_fit_into_the_rest_goes_with_the_next(open_line: OpenLine) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(AGES)
+async def test_a_call_that_does_not_fit_into_the_rest_goes_with_the_next(busy_line: BusyLine) -> None:
+    line = await busy_line(AGES)
     a, b, c, d = await start(
         line.right("a", "b", "c", most=4),
         line.right("d", "e", most=4),
@@ -487,8 +452,6 @@ async def test_a_call_that_does_not_fit_into_the_rest_goes_with_the_next(open_li
     assert await ended(a, b, c) == [None] * 3
     assert line.sent == [["first"], ["a", "b", "c"], ["d", "e", "f", "g"]]
     await leave(d)
-    line.release()
-    await ended(first)
 
 
 # What goes at once.
@@ -497,18 +460,14 @@ async def test_a_call_that_does_not_fit_into_the_rest_goes_with_the_next(open_li
 @pytest.mark.parametrize(
     "texts", [list("abcde"), ["x" * 8190], ["x" * 4096, "y" * 4096]], ids=["inputs", "bytes", "bytes of several"]
 )
-async def test_a_large_call_goes_at_once(open_line: OpenLine, texts: list[str]) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(AGES)
+async def test_a_large_call_goes_at_once(busy_line: BusyLine, texts: list[str]) -> None:
+    line = await busy_line(AGES)
     assert await ended(*await start(line.right(*texts))) == [None]
-    assert not first.done()
+    assert not line.first.done()
     (held,) = await start(line.right(*(text[:4000] for text in texts[:2]), "z"))
     await asyncio.sleep(0.05)
     assert line.sent == [["first"], texts]  # the smaller one is held
     await leave(held)
-    line.release()
-    await ended(first)
 
 
 async def test_a_call_goes_at_once_where_no_other_flies(open_line: OpenLine) -> None:
@@ -530,14 +489,10 @@ async def test_a_hold_that_is_not_worth_it_is_none(open_line: OpenLine, longest:
     await ended(first)
 
 
-async def test_the_hold_is_a_part_of_what_a_call_waits(open_line: OpenLine) -> None:
-    line = open_line(longest_hold=0.01)
-    first = await line.fly("first")
-    line.hold(AGES)  # but no longer than it may
+async def test_the_hold_is_a_part_of_what_a_call_waits(busy_line: BusyLine) -> None:
+    line = await busy_line(AGES, longest_hold=0.01)  # but no longer than it may
     assert await ended(*await start(line.right("a"), line.right("b"))) == [None, None]
     assert line.sent == [["first"], ["a", "b"]]
-    line.release()
-    await ended(first)
 
 
 async def test_an_encoder_that_does_not_tell_of_its_model_gets_no_joint_call(open_line: OpenLine, encoder: Any) -> None:
@@ -560,7 +515,7 @@ async def test_an_encoder_that_does_not_tell_of_its_model_gets_no_joint_call(ope
     assert line.sent == [["a"], ["b", "c"]]
 
 
-async def test_a_call_that_is_recorded_goes_by_itself(open_line: OpenLine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_call_that_is_recorded_goes_by_itself(busy_line: BusyLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     spans = tracing.start(NodeSettings.model_validate({"tracing": True, "trace_ratio": 1.0}), "gateway")
 
@@ -568,14 +523,10 @@ async def test_a_call_that_is_recorded_goes_by_itself(open_line: OpenLine, monke
         spans.serve("service", "method", {})
         await line.right(text)
 
-    line = open_line(tracing=spans)
-    first = await line.fly("first")
-    line.hold(0.01)
+    line = await busy_line(0.01, tracing=spans)
     tasks = await start(recorded("a"), recorded("b"), line.right("c"), line.right("d"))
     assert await ended(*tasks) == [None] * 4
     assert sorted(line.sent) == [["a"], ["b"], ["c", "d"], ["first"]]
-    line.release()
-    await ended(first)
     await spans.close(0)
 
 
@@ -709,11 +660,9 @@ async def test_a_refusal_passes(
 
 
 async def test_a_joint_call_that_is_refused_speaks_for_as_many_inputs(
-    open_line: OpenLine, encoder: Any, long_refusal: None
+    busy_line: BusyLine, encoder: Any, long_refusal: None
 ) -> None:
-    line = open_line()
-    first = await line.fly("first")
-    line.hold(0.01)
+    line = await busy_line(0.01)
     full(encoder, 2)
     errors = await ended(*await start(line.embed("a"), line.embed("b"), line.embed("c")))
     assert [type(error) for error in errors] == [Overloaded] * 3
@@ -721,8 +670,6 @@ async def test_a_joint_call_that_is_refused_speaks_for_as_many_inputs(
         await line.embed("a", "b", "c")
     await line.right("a")
     assert line.sent == [["first"], ["a", "b", "c"], ["a"]]
-    line.release()
-    await ended(first)
 
 
 @pytest.mark.parametrize("hurry", [0.0, AGES])

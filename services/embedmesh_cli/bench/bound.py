@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -107,10 +108,7 @@ class Bound:
 
     def best(self, prepared: Batch, seconds: float) -> Pass:
         """The bound: batches within the encoder's budget, chosen with all inputs in sight, in as many lanes."""
-
-        def run(batch: Batch) -> None:
-            self._in_lanes.embed(batch, unit=False)
-
+        run = partial(self._in_lanes.embed, unit=False)
         return self._timed(list(self._batches(prepared)), run, seconds, self._units, lanes=self._lanes)
 
     def one_batch_at_a_time(self, prepared: Batch, seconds: float) -> Pass:

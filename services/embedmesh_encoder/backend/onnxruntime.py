@@ -87,7 +87,7 @@ class OnnxRuntimeBackend:
         self._beside: Any = None
         try:
             self._session: Any = ort.InferenceSession(path, _session_options(threads), providers=providers)
-            if lanes > 1 < threads and spec.backend == "onnxruntime":
+            if min(lanes, threads) > 1 and spec.backend == "onnxruntime":
                 self._beside = ort.InferenceSession(
                     path, _session_options(max(1, threads // lanes)), providers=providers
                 )
