@@ -40,7 +40,7 @@ class Admission:
     @property
     def inputs(self) -> int:
         """Inputs in service now."""
-        return sum(self._used.values())
+        return self._used[True] + self._used[False]
 
     def _fits(self, n: int, bulk: bool) -> bool:
         if bulk and self._used[True] and self._used[True] + n > self._limits[True]:

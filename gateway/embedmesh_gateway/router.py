@@ -16,10 +16,9 @@ and ending its flight, so no vector is computed twice within one gateway.
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -67,6 +66,12 @@ _FIELDS: Final[dict[pb.EmbeddingKind.ValueType, Any]] = {
     pb.EMBEDDING_KIND_DENSE: "dense",
     pb.EMBEDDING_KIND_SPARSE: "sparse",
     pb.EMBEDDING_KIND_MULTI_VECTOR: "multi_vector",
+}
+# The values of options that have a meaning, looked up once.
+_KNOWN: Final[dict[str, frozenset[int]]] = {
+    "truncation": frozenset(pb.Truncation.values()),
+    "priority": frozenset(pb.Priority.values()),
+    "cache": frozenset(gateway_pb2.CachePolicy.values()),
 }
 _FIRST_INDEX: Final = re.compile(r"^inputs\[(\d+)\]")
 
@@ -188,6 +193,10 @@ class Router:
             for modality, upstream in upstreams.items()
         }
         self._catalog, self._upstreams, self._cache, self._metrics = catalog, upstreams, cache, metrics
+        # Labelled once: finding a label costs more than counting.
+        self._stage = functools.cache(metrics.stage_seconds.labels)
+        self._looked_up = functools.cache(metrics.cache_lookups.labels)
+        self._answered = functools.cache(metrics.inputs.labels)
         self._max_inputs = max_inputs
         self._answer_bytes = max_message_bytes - _MESSAGE_SLACK
         self._admission = Admission(max_inflight_inputs, self._full)
@@ -266,11 +275,7 @@ class Router:
     def _check(self, request: gateway_pb2.EmbedRequest) -> None:
         if len(request.inputs) > self._max_inputs:
             raise InputTooLarge.over("the request", len(request.inputs), self._max_inputs, "inputs", field="inputs")
-        for option, known in (
-            ("truncation", pb.Truncation.values()),
-            ("priority", pb.Priority.values()),
-            ("cache", gateway_pb2.CachePolicy.values()),
-        ):
+        for option, known in _KNOWN.items():
             if getattr(request, option) not in known:
                 raise InvalidRequest(f"unknown value {getattr(request, option)}", field=option)
         if request.HasField("chunking") and request.truncation != pb.TRUNCATION_CHUNK:
@@ -314,7 +319,7 @@ class Router:
         plan = group.plan
         assert plan is not None  # noqa: S101  (the caller picked planned groups)
         if plan.policy == gateway_pb2.CACHE_POLICY_BYPASS:
-            with self._stage("upstream"):
+            with self._stage("upstream").time():
                 outcomes: dict[int, _Outcome] = {}
                 await self._compute(plan, list(enumerate(group.inputs)), outcomes.update)
             group.outcomes = [outcomes[i] for i in range(len(group.inputs))]
@@ -340,8 +345,8 @@ class Router:
                     follow[key] = flight
                 else:
                     lead[key] = item
-        self._metrics.cache_lookups.labels("inflight", "hit").inc(len(follow))
-        self._metrics.cache_lookups.labels("inflight", "miss").inc(len(lead))
+        self._looked_up("inflight", "hit").inc(len(follow))
+        self._looked_up("inflight", "miss").inc(len(lead))
         parts = []
         if lead:
             loop = asyncio.get_running_loop()
@@ -399,13 +404,13 @@ class Router:
 
         try:
             if not plan.fresh:
-                with self._stage("cache_get"), self._tracing.span("cache.get") as span:
+                with self._stage("cache_get").time(), self._tracing.span("cache.get") as span:
                     payloads = await self._cache.from_redis(list(items))
                     span.set(inputs=len(items), cached=len(payloads) - payloads.count(None))
                 land(self._hits(plan, items, payloads, partial))
             missing = [(key, item) for key, item in items.items() if key not in found]
             if missing:
-                with self._stage("upstream"):
+                with self._stage("upstream").time():
                     await self._compute(plan, missing, land_computed)
         finally:
             # Cancelled, or a defect: followers see to themselves.
@@ -498,7 +503,7 @@ class Router:
         return answer
 
     def _keep(self, plan: _Plan, items: Mapping[bytes, Message], outcomes: Mapping[bytes, _Outcome]) -> None:
-        with self._stage("cache_set"), self._tracing.span("cache.set") as span:
+        with self._stage("cache_set").time(), self._tracing.span("cache.set") as span:
             kept: list[tuple[bytes, bytes]] = []
             for key, outcome in outcomes.items():
                 if isinstance(outcome, EmbedMeshError) or outcome.result.HasField("error"):
@@ -516,7 +521,7 @@ class Router:
 
     def _assemble(self, request: gateway_pb2.EmbedRequest, groups: Sequence[_Group]) -> gateway_pb2.EmbedResponse:
         _raise_if_nothing_was_tried([outcome for group in groups for outcome in group.outcomes], len(request.inputs))
-        with self._stage("finish"):
+        with self._stage("finish").time():
             response = gateway_pb2.EmbedResponse()
             results = [response.results.add() for _ in request.inputs]
             models = _Models(response)
@@ -568,7 +573,7 @@ class Router:
                 failed += 1
                 _point_at(result.error, place)
                 error = from_status(result.error)
-                self._metrics.inputs.labels(modality, error.reason or error.code.name).inc()
+                self._answered(modality, error.reason or error.code.name).inc()
                 continue
             units += result.input_units
             cached += result.cached
@@ -578,15 +583,7 @@ class Router:
         response.usage.cached_inputs += cached
         response.usage.failed_inputs += failed
         if failed < len(results):
-            self._metrics.inputs.labels(modality, "ok").inc(len(results) - failed)
-
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._metrics.stage_seconds.labels(name).observe(time.perf_counter() - start)
+            self._answered(modality, "ok").inc(len(results) - failed)
 
 
 async def _together(*coroutines: Any) -> list[Any]:

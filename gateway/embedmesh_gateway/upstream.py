@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import math
@@ -156,7 +157,9 @@ class Upstream:
         self.max_message_bytes = max_message_bytes
         self.waiting: dict[tuple[str, pb.Priority.ValueType], float] = {}
         self._longest_call = longest_call
-        self._metrics = metrics
+        # Labelled once: finding a label costs more than counting.
+        self._sent_inputs = metrics.upstream_inputs.labels(modality)
+        self._ended = functools.cache(functools.partial(metrics.upstream_requests.labels, modality))
         self._path, self._request_type, _ = _METHODS[modality]
         self._tls = tls
         self._tracing = tracing
@@ -301,7 +304,7 @@ class Upstream:
         if self.modality == "text" and terms.truncation == pb.TRUNCATION_CHUNK:
             units, overlap = terms.chunking
             request.chunking.CopyFrom(pb.Chunking(units=units, overlap=overlap))
-        self._metrics.upstream_inputs.labels(self.modality).inc(len(inputs))
+        self._sent_inputs.inc(len(inputs))
         code = grpc.StatusCode.CANCELLED
         with self._tracing.call(self._path) as span:
             span.set(modality=self.modality, inputs=len(inputs))
@@ -317,7 +320,7 @@ class Upstream:
                 raise self._mapped(error) from None
             finally:
                 span.answer(code)
-                self._metrics.upstream_requests.labels(self.modality, code.name).inc()
+                self._ended(code.name).inc()
         if model_seconds := response.usage.model_seconds:
             self.waiting[terms.queue] = loop.time() - started - model_seconds
         return self._checked(response, len(inputs))

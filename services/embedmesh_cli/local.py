@@ -33,13 +33,14 @@ class LocalModel:
     """
 
     def __init__(self, spec: ModelSpec, *, lanes: int = 1) -> None:
-        """Load it, for so many runs at the same time; raises ModelError."""
+        """Load it, to be run by so many threads at the same time; raises ModelError."""
         from embedmesh_encoder.modalities import MODALITIES, default_preparer  # noqa: PLC0415  (slow to import)
 
         self.preparer = default_preparer(spec)
         self._spec = spec
         self._units = MODALITIES[spec.modality].defaults(spec).batch_cost
         self.backend = create_backend(spec, BackendOptions(lanes=lanes))
+        self._run = self.backend.run_beside or self.backend.run
 
     def batches(self, items: Sequence[Any]) -> Iterator[list[Prepared]]:
         """Prepare items and put them into batches, in order; raises UserError for one that cannot be embedded."""
@@ -64,13 +65,13 @@ class LocalModel:
         """
         if not self._spec.dimensions:
             raise UserError(f"{self._spec.name} makes no dense vectors, and only these can be measured.", USAGE)
-        outputs = self.backend.run(self.preparer.collate(batch), [self._spec.graph.output])
+        outputs = self._run(self.preparer.collate(batch), [self._spec.graph.output])
         return self._dense(outputs, batch, unit=unit)
 
     def vectors(self, batch: Sequence[Prepared]) -> Vectors:
         """Give the vectors of one batch, of every kind that the model makes."""
         names = list(dict.fromkeys(self._spec.outputs.values()))
-        outputs = self.backend.run(self.preparer.collate(batch), names)
+        outputs = self._run(self.preparer.collate(batch), names)
         dense = self._dense(outputs, batch) if self._spec.dimensions else None
         if not isinstance(self.preparer, KindsPreparer):
             return Vectors(dense)

@@ -287,8 +287,8 @@ class Batcher(Generic[T, R]):
     raise. Either way only the guilty fail: what failed in company runs again by halves, down to
     alone, in the same lane. The futures hold the outcome, and a caller leaves by cancelling them.
 
-    Where the backend `widens`, a batch that leaves nothing behind in the queue runs alone, and fast; as soon as more
-    waits than one batch takes, all lanes are at work.
+    With `run_alone`, a batch that leaves nothing behind in the queue runs by that, with nothing beside it; as soon as
+    more waits than one batch takes, all lanes are at work.
 
     Each priority has a queue of `max_queue_cost` units of its own, so neither can keep the other
     out at the door. Use it from one event loop; `close` it at the end.
@@ -303,7 +303,7 @@ class Batcher(Generic[T, R]):
         *,
         policy: BatchPolicy,
         lanes: int,
-        widens: bool = False,
+        run_alone: Callable[[Sequence[T]], Sequence[R | EmbedMeshError]] | None = None,
         max_queue_cost: int,
         metrics: EncoderMetrics,
         model: str,
@@ -312,7 +312,7 @@ class Batcher(Generic[T, R]):
         self._run_batch = run_batch
         self._policy = policy
         self._lanes = lanes
-        self._widens = widens
+        self._run_alone = run_alone
         self._max_queue_cost = max_queue_cost
         self._model = model
         self._tracing = tracing
@@ -501,7 +501,7 @@ class Batcher(Generic[T, R]):
                 _fail(entry, DeadlineExceeded("the deadline passed while the input waited for a batch"))
             if not taken.batch:
                 break
-            alone = self._widens and not self._running and not self._queue
+            alone = self._run_alone is not None and not self._running and not self._queue
             lane = _Lane(taken.batch, [taken.batch], now, alone)
             self._running.add(lane)
             self._run_next_part(lane)
@@ -527,7 +527,8 @@ class Batcher(Generic[T, R]):
         started = time.perf_counter()
         outcomes: Sequence[R | EmbedMeshError] | Exception
         try:
-            outcomes = self._run_batch([entry.item for entry in part])
+            run = self._run_alone if lane.alone and self._run_alone else self._run_batch
+            outcomes = run([entry.item for entry in part])
             if len(outcomes) != len(part):
                 raise RuntimeError(f"{len(part)} items went in, {len(outcomes)} outcomes came out")  # noqa: TRY301  (is handled like any failure)
         except Exception as error:  # noqa: BLE001  (whatever a model raises, its neighbours go on)

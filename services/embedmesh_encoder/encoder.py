@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from operator import length_hint
 from typing import Any, Final
 
@@ -135,7 +135,7 @@ class Encoder:
         self._prepare_threads = options.prepare_threads
         self._executor = ThreadPoolExecutor(options.prepare_threads, thread_name_prefix=f"prepare-{spec.name}")
         self._batcher: Batcher[Prepared, Row] = Batcher(
-            self._infer,
+            partial(self._infer, alone=False),
             policy=BatchPolicy(
                 max_cost=options.batch_cost,
                 max_items=options.batch_items,
@@ -143,7 +143,7 @@ class Encoder:
                 aging_seconds=options.aging_seconds,
             ),
             lanes=options.lanes,
-            widens=backend.widens,
+            run_alone=self._infer if backend.run_beside else None,
             max_queue_cost=options.max_queue_cost,
             metrics=metrics,
             model=spec.name,
@@ -184,19 +184,20 @@ class Encoder:
             ModelError: The model cannot embed them.
         """
 
-        def run() -> None:
+        def warm() -> None:
             batch = [
                 _wanting(prepared, frozenset(self.spec.kinds))
                 for item in items
                 for prepared in self._preparer.prepare(item, pb.TRUNCATION_END).passes
             ]
-            for part in (*([prepared] for prepared in batch), batch[:2]):
-                for outcome in self._infer(part):
+            ways = (True, False) if self._backend.run_beside else (True,)
+            for part, alone in product((*([prepared] for prepared in batch), batch[:2]), ways):
+                for outcome in self._infer(part, alone=alone):
                     if isinstance(outcome, EmbedMeshError):
                         raise outcome
 
         try:
-            await asyncio.get_running_loop().run_in_executor(self._executor, run)
+            await asyncio.get_running_loop().run_in_executor(self._executor, warm)
         except Exception as error:
             raise ModelError(
                 f'model "{self.spec.name}" in {self.spec.folder} is loaded but cannot embed: {error}'
@@ -403,13 +404,14 @@ class Encoder:
             if time.perf_counter() >= until:
                 break
 
-    def _infer(self, batch: Sequence[Prepared]) -> list[Row | EmbedMeshError]:
+    def _infer(self, batch: Sequence[Prepared], *, alone: bool = True) -> list[Row | EmbedMeshError]:
+        run = (not alone and self._backend.run_beside) or self._backend.run
         feeds = self._preparer.collate(batch)
         if self._others is None:
-            return self._dense(self._backend.run(feeds), batch)
+            return self._dense(run(feeds), batch)
         wanted = frozenset[pb.EmbeddingKind.ValueType]().union(*(prepared.kinds for prepared in batch))
         names = [name for kind, name in self.spec.outputs.items() if kind in wanted]
-        outputs = self._backend.run(feeds, list(dict.fromkeys(names)))
+        outputs = run(feeds, list(dict.fromkeys(names)))
         dense: list[Row | EmbedMeshError] = [(_NO_VECTOR, 0.0, None)] * len(batch)
         if pb.EMBEDDING_KIND_DENSE in wanted:
             found = self._dense(outputs, batch)

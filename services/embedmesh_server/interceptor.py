@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import logging
 import math
 import time
@@ -58,6 +59,17 @@ def deadline_of(context: grpc.aio.ServicerContext[Any, Any], default_seconds: fl
     return asyncio.get_running_loop().time() + left if math.isfinite(left) else math.inf
 
 
+class _Method:
+    """What all calls of one method have in common. Labelled once: finding a label costs more than counting."""
+
+    def __init__(self, metrics: ServerMetrics, path: str) -> None:
+        self.path = path
+        self.service, _, self.name = path.partition("/")
+        self.in_flight = metrics.in_flight.labels(self.service, self.name)
+        self.seconds = metrics.request_seconds.labels(self.service, self.name)
+        self.ended = functools.cache(partial(metrics.requests.labels, self.service, self.name))
+
+
 class Boundary(grpc.aio.ServerInterceptor):
     """Wraps every unary-unary and stream-stream method of our services.
 
@@ -73,7 +85,7 @@ class Boundary(grpc.aio.ServerInterceptor):
     def __init__(
         self, metrics: ServerMetrics, authenticate: Authenticate | None = None, tracing: Tracing = NO_TRACING
     ) -> None:
-        self._metrics = metrics
+        self._method = functools.cache(partial(_Method, metrics))
         self._authenticate = authenticate
         self._tracing = tracing
 
@@ -83,7 +95,8 @@ class Boundary(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
-        service, _, method = handler_call_details.method.lstrip("/").partition("/")
+        path = handler_call_details.method.lstrip("/")
+        service = path.partition("/")[0]
         if handler is None or service == _HEALTH or (service in _QUIET and self._authenticate is None):
             return handler
         metadata = dict(handler_call_details.invocation_metadata or ())
@@ -95,16 +108,17 @@ class Boundary(grpc.aio.ServerInterceptor):
             try:
                 caller = self._authenticate(metadata)
             except EmbedMeshError as error:
-                return self._refusal(service, method, call_id, error)
+                return self._refusal(self._method(path), call_id, error)
             if service in _QUIET:
                 return handler
 
-        begin = partial(self._tracing.serve, service, method, metadata) if self._tracing.on else None
+        method = self._method(path)
+        begin = partial(self._tracing.serve, method.service, method.name, metadata) if self._tracing.on else None
         if handler.unary_unary is not None:
             unary: Callable[..., Any] = handler.unary_unary
 
             async def serve_unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-                async with _Call(self._metrics, service, method, call_id, context, begin=begin, caller=caller):
+                async with _Call(method, call_id, context, begin=begin, caller=caller):
                     return await unary(request, context)
 
             return grpc.unary_unary_rpc_method_handler(
@@ -116,7 +130,7 @@ class Boundary(grpc.aio.ServerInterceptor):
             async def serve_stream(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
                 # Closed here and not by the garbage collector, so that a stream that is left cleans up at once.
                 async with (
-                    _Call(self._metrics, service, method, call_id, context, begin=begin, caller=caller),
+                    _Call(method, call_id, context, begin=begin, caller=caller),
                     aclosing(stream(requests, context)) as responses,
                 ):
                     async for response in responses:
@@ -127,15 +141,13 @@ class Boundary(grpc.aio.ServerInterceptor):
             )
         return handler
 
-    def _refusal(
-        self, service: str, method: str, call_id: str, error: EmbedMeshError
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    def _refusal(self, method: _Method, call_id: str, error: EmbedMeshError) -> grpc.RpcMethodHandler[Any, Any]:
         """End a call with `error`. On the wire a stream of no messages can answer any kind of method."""
         # Without the metadata: who may not call does not decide what is recorded either.
-        begin = partial(self._tracing.serve, service, method, {}) if self._tracing.on else None
+        begin = partial(self._tracing.serve, method.service, method.name, {}) if self._tracing.on else None
 
         async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-            async with _Call(self._metrics, service, method, call_id, context, begin=begin):
+            async with _Call(method, call_id, context, begin=begin):
                 raise error
 
         return grpc.stream_stream_rpc_method_handler(refuse)
@@ -146,16 +158,14 @@ class _Call:
 
     def __init__(
         self,
-        metrics: ServerMetrics,
-        service: str,
-        method: str,
+        method: _Method,
         call_id: str,
         context: grpc.aio.ServicerContext[Any, Any],
         *,
         begin: Callable[[], Span] | None,
         caller: str = "",
     ) -> None:
-        self._metrics, self._service, self._method = metrics, service, method
+        self._method = method
         self._begin = begin
         self._span: Span | None = None
         self._id, self._context, self._caller = call_id, context, caller
@@ -168,7 +178,7 @@ class _Call:
 
     async def __aenter__(self) -> None:
         self._start = time.perf_counter()
-        self._metrics.in_flight.labels(self._service, self._method).inc()
+        self._method.in_flight.inc()
         _request_id.set(self._id)
         if self._begin is not None:
             self._span = self._begin()
@@ -198,16 +208,16 @@ class _Call:
         seconds = time.perf_counter() - self._start
         if self._span is not None:
             self._span.answer(code)
-        self._metrics.in_flight.labels(self._service, self._method).dec()
-        self._metrics.requests.labels(self._service, self._method, code.name).inc()
-        self._metrics.request_seconds.labels(self._service, self._method).observe(seconds)
+        self._method.in_flight.dec()
+        self._method.ended(code.name).inc()
+        self._method.seconds.observe(seconds)
         quiet = code is grpc.StatusCode.OK or code in _REFUSALS
         level = logging.ERROR if code is grpc.StatusCode.INTERNAL else logging.DEBUG if quiet else logging.INFO
         if not _log.isEnabledFor(level):
             return
         extra: dict[str, Any] = {
             "request_id": self._id,
-            "method": f"{self._service}/{self._method}",
+            "method": self._method.path,
             "code": code.name,
             "seconds": round(seconds, 6),
             "peer": self._peer,

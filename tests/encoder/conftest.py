@@ -38,10 +38,11 @@ class Gate:
 
     name = "fake"
     precision = "float32"
-    widens = False
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, *, lanes_apart: bool = False) -> None:
         self._backend = FakeBackend(spec)
+        self.run_beside = self._run_beside if lanes_apart else None
+        self.beside: list[int] = []
         self._open = threading.Event()
         self._open.set()
         self.batches: list[int] = []
@@ -53,6 +54,10 @@ class Gate:
         assert self._open.wait(60)
         self.outputs.append(tuple(outputs))
         return self._backend.run(feeds, outputs)
+
+    def _run_beside(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
+        self.beside.append(int(feeds["segment_ids"].max()) + 1)
+        return self.run(feeds, outputs)
 
     def close(self) -> None:
         self.closed = True
@@ -157,10 +162,11 @@ async def make_encoder(tmp_path: Path) -> AsyncIterator[Callable[..., tuple[Enco
         *,
         wrap: Callable[[TextPreparer], Any] = lambda preparer: preparer,
         model: Mapping[str, Any] = {},
+        lanes_apart: bool = False,
         **options: Any,
     ) -> tuple[Encoder, Gate, CollectorRegistry]:
         spec = write_model(tmp_path / f"model{len(made)}", **{"dimensions": 16, **model})
-        gate = Gate(spec)
+        gate = Gate(spec, lanes_apart=lanes_apart)
         registry = CollectorRegistry()
         encoder = Encoder(spec, wrap(TextPreparer(spec)), gate, EncoderMetrics(registry), EncoderOptions(**options))
         made.append((encoder, gate))

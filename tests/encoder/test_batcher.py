@@ -332,8 +332,13 @@ class Model:
 
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
+        self.lone_batches: list[list[Any]] = []
         self.gate = threading.Event()
         self.gate.set()
+
+    def run_alone(self, items: Sequence[Any]) -> list[Any]:
+        self.lone_batches.append(list(items))
+        return self(items)
 
     def __call__(self, items: Sequence[Any]) -> list[Any]:
         self.batches.append(list(items))
@@ -368,7 +373,7 @@ async def make(model: Model, registry: CollectorRegistry) -> AsyncIterator[Make]
             model,
             policy=BatchPolicy(**policy),
             lanes=lanes,
-            widens=widens,
+            run_alone=model.run_alone if widens else None,
             max_queue_cost=max_queue_cost,
             metrics=metrics,
             model="m",
@@ -480,6 +485,8 @@ async def test_a_batch_that_leaves_nothing_behind_has_all_lanes(make: Make, mode
     model.gate.set()
     assert [await busy, *await asyncio.gather(*futures)] == ["busy", 1, 2, 3]
     assert 0 < batcher.batch_seconds < 30
+    assert model.lone_batches[0] == ["busy"]
+    assert [1] not in model.lone_batches
 
 
 async def test_more_than_a_batch_takes_all_lanes(make: Make, model: Model) -> None:
@@ -490,6 +497,14 @@ async def test_more_than_a_batch_takes_all_lanes(make: Make, model: Model) -> No
     assert batcher.stalled_seconds > 0
     model.gate.set()
     assert await asyncio.gather(*futures) == [1, 2]
+    assert not model.lone_batches
+
+
+async def test_what_fails_alone_runs_again_alone(make: Make, model: Model) -> None:
+    outcomes = await asyncio.gather(*make(lanes=2, widens=True).submit([1, "fail"], [1, 1]), return_exceptions=True)
+    assert outcomes[0] == 1
+    assert isinstance(outcomes[1], InferenceFailed)
+    assert model.lone_batches == model.batches == [[1, "fail"], [1], ["fail"]]
 
 
 async def test_interactive_work_overtakes(make: Make, model: Model) -> None:

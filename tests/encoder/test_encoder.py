@@ -65,6 +65,16 @@ async def test_a_vector_does_not_depend_on_its_company(make_encoder: Make) -> No
         np.testing.assert_array_equal(alone.vector, one.vector)
 
 
+async def test_only_a_batch_that_is_alone_takes_all_threads(make_encoder: Make) -> None:
+    encoder, gate, _ = make_encoder(lanes_apart=True, lanes=2, batch_items=2)
+    await encoder.warm_up(items("warm"))
+    assert (gate.batches, gate.beside) == ([1, 1, 1, 1], [1, 1])  # by itself and as two of one, each way
+    await encoder.embed(items("alone"))
+    assert gate.beside == [1, 1]
+    await encoder.embed(items("in", "two", "batches"))
+    assert sorted(gate.beside) == [1, 1, 1, 2]
+
+
 async def test_outcomes_are_in_order_and_alone(make_encoder: Make, caplog: pytest.LogCaptureFixture) -> None:
     encoder, _, registry = make_encoder(model={"max_input_units": 32})
     given = InputTooLarge("refused before it came here")

@@ -91,7 +91,7 @@ class Counted:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self.name, self.precision, self.widens = backend.name, backend.precision, backend.widens
+        self.name, self.precision, self.run_beside = backend.name, backend.precision, None
         self.shapes: list[tuple[int, ...]] = []
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:

@@ -42,7 +42,7 @@ class Recorder:
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
-        self.name, self.precision, self.widens = backend.name, backend.precision, backend.widens
+        self.name, self.precision, self.run_beside = backend.name, backend.precision, None
         self.close = backend.close
         self.batches: list[tuple[int, int]] = []
 

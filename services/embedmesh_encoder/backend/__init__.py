@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -30,12 +30,14 @@ class Backend(Protocol):
     Attributes:
         name: What runs it, for metrics; one of `embedmesh_encoder.model.BackendName`.
         precision: Precision of its arithmetic, for metrics; one of `embedmesh_encoder.model.Precision`.
-        widens: Whether a run that has no other beside it takes the threads of all lanes.
     """
 
     name: str
     precision: str
-    widens: bool
+
+    @property
+    def run_beside(self) -> Callable[..., dict[str, NDArray[Any]]] | None:
+        """As `run`, on one lane's part of the threads, for while other lanes run too; None where it is the same."""
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
         """Run the graph. Blocking, releases the GIL, may be called from several threads at once.

@@ -56,7 +56,7 @@ class FakeBackend:
 
     name = "fake"
     precision = "float32"
-    widens = False
+    run_beside = None
 
     def __init__(self, spec: ModelSpec) -> None:
         if spec.fake is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
@@ -40,8 +40,8 @@ _NO_GRAPH: Final = -1
 class OnnxRuntimeBackend:
     """Implements `Backend` with an `InferenceSession`, which is thread-safe by itself.
 
-    On a CPU with several lanes there is a second session, with a lane's part of the threads, for runs beside another
-    one; see services/README.md, "alone with all cores, together with one each".
+    On a CPU with several lanes there is a second session, with a lane's part of the threads, for runs beside others;
+    see services/README.md, "alone with all cores, together with one each".
     """
 
     def __init__(
@@ -102,9 +102,6 @@ class OnnxRuntimeBackend:
         self._session.disable_fallback()
         self._outputs = list(dict.fromkeys(spec.outputs.values()))
         _check(self._session, spec)
-        self.widens = self._beside is not None
-        self._running = 0
-        self._lock = threading.Lock()
         self._device = None if spec.backend == "onnxruntime" else _Device(self._session, "cuda", graphs=cuda_graphs)
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
@@ -112,14 +109,16 @@ class OnnxRuntimeBackend:
         outputs = outputs or self._outputs
         if self._device:
             return self._device.run(feeds, outputs)
-        with self._lock:
-            session = self._beside if self._beside and self._running else self._session
-            self._running += 1
-        try:
-            return dict(zip(outputs, session.run(outputs, dict(feeds)), strict=True))
-        finally:
-            with self._lock:
-                self._running -= 1
+        return dict(zip(outputs, self._session.run(outputs, dict(feeds)), strict=True))
+
+    @property
+    def run_beside(self) -> Callable[..., dict[str, NDArray[Any]]] | None:
+        """See `Backend`."""
+        return self._run_beside if self._beside else None
+
+    def _run_beside(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
+        outputs = outputs or self._outputs
+        return dict(zip(outputs, self._beside.run(outputs, dict(feeds)), strict=True))
 
     def close(self) -> None:
         """Free the sessions' memory and threads."""

@@ -36,7 +36,7 @@ class OpenVinoBackend:
     """
 
     name = "openvino"
-    widens = False
+    run_beside = None
 
     def __init__(
         self, spec: ModelSpec, *, intra_op_threads: int = 0, lanes: int = 1, cache_folder: Path | None = None

@@ -35,7 +35,7 @@ class TritonBackend:
     """Implements `Backend` with a client for each concurrent run: the library's are for one thread."""
 
     name = "triton"
-    widens = False
+    run_beside = None
 
     def __init__(self, spec: ModelSpec, options: TritonOptions, *, batch_items: int = 0) -> None:
         """Hold the server's configuration of the model against the manifest.
