@@ -55,6 +55,72 @@ def test_a_run_alone_has_all_threads_and_one_beside_others_its_part(spec: ModelS
     backend.close()
 
 
+CORES = sorted(os.sched_getaffinity(0))
+several_cores = pytest.mark.skipif(len(CORES) == 1, reason="one core")
+FEEDS = {"pixel_values": np.zeros((1, 3, 4, 4), np.float32)}
+
+
+@pytest.fixture
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
+    """The cores that the running thread was told to use, in turn."""
+    told: list[set[int]] = []
+    tell = os.sched_setaffinity
+
+    def note(thread: int, cores: set[int]) -> None:
+        assert thread == 0
+        tell(thread, cores)
+        told.append(cores)
+
+    monkeypatch.setattr(os, "sched_setaffinity", note)
+    return told
+
+
+@several_cores
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_a_run_alone_has_a_thread_on_each_core(spec: ModelSpec, moves: list[set[int]], lanes: int) -> None:
+    threads = Path("/proc/self/task")
+    before = set(threads.iterdir())
+    backend = create_backend(spec, BackendOptions(lanes=lanes))
+    workers = [os.sched_getaffinity(int(thread.name)) for thread in set(threads.iterdir()) - before]
+    assert sorted(min(cores) for cores in workers if len(cores) == 1) == CORES[1:]
+    # The caller begins on the core that no worker has, and is free to leave it.
+    backend.run(FEEDS)
+    assert moves == [{CORES[0]}, set(CORES)]
+    if backend.run_beside:
+        backend.run_beside(FEEDS)
+    assert len(moves) == 2
+    backend.close()
+
+
+@several_cores
+@pytest.mark.parametrize("threads", [1, len(CORES) + 1])
+def test_threads_that_are_not_one_for_each_core_are_left_to_the_kernel(
+    spec: ModelSpec, moves: list[set[int]], threads: int
+) -> None:
+    backend = create_backend(spec, BackendOptions(intra_op_threads=threads))
+    backend.run(FEEDS)
+    assert moves == []
+    backend.close()
+
+
+@several_cores
+def test_a_core_that_was_taken_away_keeps_nobody_from_running(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = create_backend(spec)
+    os.sched_setaffinity(0, CORES[1:])
+    try:
+        backend.run(FEEDS)
+        assert os.sched_getaffinity(0) == set(CORES[1:])
+    finally:
+        os.sched_setaffinity(0, CORES)
+
+    def refuse(thread: int, cores: set[int]) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    backend.run(FEEDS)
+    backend.close()
+
+
 @pytest.mark.parametrize("options", [BackendOptions(lanes=1), BackendOptions(lanes=2, intra_op_threads=1)])
 def test_one_lane_or_thread_needs_one_session(spec: ModelSpec, options: BackendOptions) -> None:
     backend = create_backend(spec, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +35,8 @@ _BINDINGS: Final = 64
 # Option of a run: under which number its work on the device is recorded; this one says not at all.
 _GRAPH_KEY: Final = "gpu_graph_id"
 _NO_GRAPH: Final = -1
+# Option of a session: to which processors, counted from 1, each of its own threads keeps.
+_WORKERS_KEY: Final = "session.intra_op_thread_affinities"
 
 
 class OnnxRuntimeBackend:
@@ -82,11 +84,18 @@ class OnnxRuntimeBackend:
                 'follows from the shapes of the inputs, which those of layout "packed" do not'
             )
         # onnxruntime's own default counts the machine's cores, not those this process may use.
-        threads = intra_op_threads or len(os.sched_getaffinity(0))
+        cores = sorted(os.sched_getaffinity(0))
+        threads = intra_op_threads or len(cores)
         providers = _providers(spec, cache_folder, cuda_graphs)
         self._beside: Any = None
+        self._core: int | None = None
+        options = _session_options(threads)
+        if spec.backend == "onnxruntime" and threads == len(cores) > 1:
+            # See README.md, "a run alone has a thread on each core".
+            self._core = cores[0]
+            options.add_session_config_entry(_WORKERS_KEY, ";".join(str(core + 1) for core in cores[1:]))
         try:
-            self._session: Any = ort.InferenceSession(path, _session_options(threads), providers=providers)
+            self._session: Any = ort.InferenceSession(path, options, providers=providers)
             if min(lanes, threads) > 1 and spec.backend == "onnxruntime":
                 self._beside = ort.InferenceSession(
                     path, _session_options(max(1, threads // lanes)), providers=providers
@@ -109,6 +118,8 @@ class OnnxRuntimeBackend:
         outputs = outputs or self._outputs
         if self._device:
             return self._device.run(feeds, outputs)
+        if self._core is not None:
+            _begin_on(self._core)
         return dict(zip(outputs, self._session.run(outputs, dict(feeds)), strict=True))
 
     @property
@@ -196,6 +207,16 @@ class _Binding:
         self._session.run_with_iobinding(self._binding, self._options)
         outputs: list[NDArray[np.float32]] = self._binding.copy_outputs_to_cpu()
         return outputs
+
+
+def _begin_on(core: int) -> None:
+    """Move the calling thread to a core, if it may use it. It may leave it again at once."""
+    cores = os.sched_getaffinity(0)
+    if core in cores:
+        # What a thread may use can change at any moment from outside, and a sandbox may refuse to move it.
+        with suppress(OSError):
+            os.sched_setaffinity(0, {core})
+            os.sched_setaffinity(0, cores)
 
 
 def _providers(spec: ModelSpec, cache_folder: Path | None, cuda_graphs: bool) -> list[tuple[str, dict[str, str]]]:
