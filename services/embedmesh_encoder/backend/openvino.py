@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from numpy.typing import NDArray
 
+from embedmesh_encoder.backend.options import fits_twice
 from embedmesh_encoder.backend.signature import Port, check_signature
 from embedmesh_encoder.backend.unloadable import unloadable
 from embedmesh_encoder.model import ModelError, ModelSpec
@@ -30,13 +31,14 @@ _KERNELS: Final = 200
 
 
 class OpenVinoBackend:
-    """Implements `Backend` with one compiled model and a request of its own for each concurrent run.
+    """Implements `Backend` with compiled models.
 
-    A new shape costs the compilation of its kernels: see `row_multiple` of the text preparer.
+    For several lanes a small model is compiled twice: for runs alone and, with a lane's part of the threads, for runs
+    beside others; see services/README.md, "alone with all cores, together with one each". A new shape costs the
+    compilation of its kernels: see `row_multiple` of the text preparer.
     """
 
     name = "openvino"
-    run_beside = None
 
     def __init__(
         self, spec: ModelSpec, *, intra_op_threads: int = 0, lanes: int = 1, cache_folder: Path | None = None
@@ -45,7 +47,7 @@ class OpenVinoBackend:
 
         Args:
             spec: The model.
-            intra_op_threads: Threads of one run; 0 shares the cores this process may use among the lanes.
+            intra_op_threads: Threads of one run; 0 takes one for each core this process may use.
             lanes: Runs at the same time.
             cache_folder: Where compiled models are kept between starts; none by default.
 
@@ -54,20 +56,15 @@ class OpenVinoBackend:
                 compute in the precision asked for.
         """
         self.precision: str = spec.precision
+        self._outputs = list(dict.fromkeys(spec.outputs.values()))
         path = spec.path(spec.graph.file)
         core = ov.Core()
         if spec.precision == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise ModelError(f'model "{spec.name}" cannot run in bfloat16: this CPU has no instructions for it')
-        cores = len(os.sched_getaffinity(0))
         config: dict[str, Any] = {
             # Without this the library takes bfloat16 by itself where it can. Graphs that are stored in a
             # lower precision are computed in float32 wherever they do not say otherwise.
             "INFERENCE_PRECISION_HINT": _TYPES.get(spec.precision, ov.Type.f32),
-            "PERFORMANCE_HINT": "LATENCY" if lanes == 1 else "THROUGHPUT",
-            "NUM_STREAMS": lanes,
-            "INFERENCE_NUM_THREADS": min(intra_op_threads * lanes, cores) or cores,
-            # Threads bound to cores would stand still while the event loop or a neighbour holds theirs.
-            "ENABLE_CPU_PINNING": False,
             "CPU_RUNTIME_CACHE_CAPACITY": _KERNELS,
         }
         if cache_folder:
@@ -77,30 +74,64 @@ class OpenVinoBackend:
             reader = FrontEndManager().load_by_framework("onnx")
             model = reader.convert(reader.load(str(path)))
             _check(model, spec)
-            self._compiled: Any = core.compile_model(model, "CPU", config)
+            cores = len(os.sched_getaffinity(0))
+            threads = intra_op_threads or cores
+
+            def compiled(streams: int, threads: int, *, bound: bool) -> _Compiled:
+                own = {
+                    "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+                    "NUM_STREAMS": streams,
+                    "INFERENCE_NUM_THREADS": min(streams * threads, cores),
+                    "ENABLE_CPU_PINNING": bound,
+                }
+                return _Compiled(core.compile_model(model, "CPU", config | own))
+
+            alone = lanes == 1 or (threads > 1 and fits_twice(spec))
+            # See README.md, "a run alone has a thread on each core". Beside others a bound thread would stand still
+            # while the event loop or a neighbour has its core, though the other is free.
+            self._alone: Any = compiled(1, threads, bound=threads == cores) if alone else None
+            self._lanes: Any = compiled(lanes, max(1, threads // lanes), bound=False) if lanes > 1 else None
         except ModelError:
             raise
         except Exception as error:  # noqa: BLE001  (its exceptions have no public base)
             raise unloadable(path, f"openvino {ov.__version__.partition('-')[0]}", error) from None
-        self._outputs = list(dict.fromkeys(spec.outputs.values()))
-        self._idle: list[Any] = []
-        self._lock = threading.Lock()
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
         """Run the graph; feeds and outputs as `embedmesh_encoder.model` describes the layouts."""
+        found: dict[str, NDArray[Any]] = (self._alone or self._lanes).run(feeds, outputs or self._outputs)
+        return found
+
+    @property
+    def run_beside(self) -> Callable[..., dict[str, NDArray[Any]]] | None:
+        """See `Backend`."""
+        return self._run_beside if self._alone and self._lanes else None
+
+    def _run_beside(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
+        found: dict[str, NDArray[Any]] = self._lanes.run(feeds, outputs or self._outputs)
+        return found
+
+    def close(self) -> None:
+        """Free the models' memory and threads."""
+        self._alone = self._lanes = None
+
+
+class _Compiled:
+    """A compiled model, with a request of its own for each concurrent run."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._idle: list[Any] = []
+        self._lock = threading.Lock()
+
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
         with self._lock:
-            request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
+            request = self._idle.pop() if self._idle else self._model.create_infer_request()
         # Inputs are read where they lie; outputs are copies, because the next run overwrites them.
         results = request.infer(dict(feeds), share_inputs=True, share_outputs=False)
         # A request that raised is not used again.
         with self._lock:
             self._idle.append(request)
-        return {name: results[name] for name in outputs or self._outputs}
-
-    def close(self) -> None:
-        """Free the model's memory and threads."""
-        self._idle.clear()
-        self._compiled = None
+        return {name: results[name] for name in outputs}
 
 
 def _check(model: Any, spec: ModelSpec) -> None:

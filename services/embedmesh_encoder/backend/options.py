@@ -9,7 +9,7 @@ from typing import Final
 
 from embedmesh_encoder.model import ModelSpec
 
-__all__ = ["BackendOptions", "TritonOptions", "best_lanes"]
+__all__ = ["BackendOptions", "TritonOptions", "best_lanes", "fits_twice"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class BackendOptions:
     triton: TritonOptions = TritonOptions()
 
 
-# Up to this size onnxruntime may keep a second copy of a model's files, for the second lane.
+# Up to this size a backend may keep a second copy of a model's files, for runs beside others.
 _TWICE_BYTES: Final = 256 * 2**20
 
 
@@ -57,5 +57,10 @@ def best_lanes(spec: ModelSpec) -> int:
     if len(os.sched_getaffinity(0)) == 1:
         return 1
     if spec.backend == "onnxruntime":
-        return 2 if sum(spec.path(file).stat().st_size for file in spec.files) <= _TWICE_BYTES else 1
+        return 2 if fits_twice(spec) else 1
     return 2 if spec.backend == "openvino" else 1
+
+
+def fits_twice(spec: ModelSpec) -> bool:
+    """Whether a second copy of the model is worth its memory."""
+    return sum(spec.path(file).stat().st_size for file in spec.files) <= _TWICE_BYTES
