@@ -51,8 +51,9 @@ class EncoderSettings(NodeSettings):
         0,
         ge=0,
         description="Batches of a model that run at the same time, each with its part of the cores; 0 is right for "
-        "most: 2 on a CPU of 2 cores or more, else 1. onnxruntime needs a second copy of the model for it, so that 0 "
-        "means 1 for models of more than 256 MiB; a batch that is alone has all cores all the same.",
+        "most: 2 on a CPU of 2 cores or more, else 1. A batch that is alone has all cores all the same, for which "
+        "models of up to 256 MiB are loaded twice; with larger ones 0 means 1 lane for onnxruntime, and for openvino "
+        "that each batch has a lane's part.",
     )
     compile_cache: Path | None = Field(
         None, description="Folder to keep compiled models in between starts (openvino, tensorrt); none by default."
