@@ -69,10 +69,9 @@ def streams(compiled: Any) -> tuple[int, int, bool]:
 @pytest.mark.skipif(CORES == 1, reason="one core")
 def test_a_run_alone_has_all_cores_and_one_beside_others_its_part(spec: ModelSpec, reference: np.ndarray) -> None:
     backend: Any = create_backend(spec.run_by("openvino", "float32"), BackendOptions(lanes=2))
-    assert streams(backend._alone) == (1, CORES, True)
-    assert streams(backend._lanes) == (2, CORES - CORES % 2, False)
+    assert list(map(streams, backend._compiled)) == [(1, CORES, True), (2, CORES - CORES % 2, False)]
     backend.run = backend.run_beside
-    backend._alone = None  # each has its own
+    backend._compiled[0] = None  # each has its own
     np.testing.assert_allclose(embed(spec, backend=backend), reference, atol=1e-5)
 
 
@@ -89,8 +88,7 @@ def test_one_lane_or_thread_is_compiled_once(
     spec: ModelSpec, options: BackendOptions, expected: tuple[int, int, bool]
 ) -> None:
     backend: Any = create_backend(spec.run_by("openvino", "float32"), options)
-    (compiled,) = (each for each in (backend._alone, backend._lanes) if each)
-    assert streams(compiled) == expected
+    assert list(map(streams, backend._compiled)) == [expected]
     assert backend.run_beside is None
 
 

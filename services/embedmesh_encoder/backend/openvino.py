@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,7 +56,6 @@ class OpenVinoBackend:
                 compute in the precision asked for.
         """
         self.precision: str = spec.precision
-        self._outputs = list(dict.fromkeys(spec.outputs.values()))
         path = spec.path(spec.graph.file)
         core = ov.Core()
         if spec.precision == "bfloat16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -84,13 +83,16 @@ class OpenVinoBackend:
                     "INFERENCE_NUM_THREADS": min(streams * threads, cores),
                     "ENABLE_CPU_PINNING": bound,
                 }
-                return _Compiled(core.compile_model(model, "CPU", config | own))
+                return _Compiled(core.compile_model(model, "CPU", config | own), spec.outputs.values())
 
-            alone = lanes == 1 or (threads > 1 and fits_twice(spec))
-            # See README.md, "a run alone has a thread on each core". Beside others a bound thread would stand still
-            # while the event loop or a neighbour has its core, though the other is free.
-            self._alone: Any = compiled(1, threads, bound=threads == cores) if alone else None
-            self._lanes: Any = compiled(lanes, max(1, threads // lanes), bound=False) if lanes > 1 else None
+            # For runs alone, and for those beside others; where there is one, it is for both.
+            self._compiled: list[_Compiled] = []
+            if lanes == 1 or (threads > 1 and fits_twice(spec)):
+                # See README.md, "a run alone has a thread on each core".
+                self._compiled.append(compiled(1, threads, bound=threads == cores))
+            if lanes > 1:
+                # A bound thread would stand still while the event loop or a neighbour has its core.
+                self._compiled.append(compiled(lanes, max(1, threads // lanes), bound=False))
         except ModelError:
             raise
         except Exception as error:  # noqa: BLE001  (its exceptions have no public base)
@@ -98,32 +100,28 @@ class OpenVinoBackend:
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
         """Run the graph; feeds and outputs as `embedmesh_encoder.model` describes the layouts."""
-        found: dict[str, NDArray[Any]] = (self._alone or self._lanes).run(feeds, outputs or self._outputs)
-        return found
+        return self._compiled[0].run(feeds, outputs)
 
     @property
     def run_beside(self) -> Callable[..., dict[str, NDArray[Any]]] | None:
         """See `Backend`."""
-        return self._run_beside if self._alone and self._lanes else None
-
-    def _run_beside(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
-        found: dict[str, NDArray[Any]] = self._lanes.run(feeds, outputs or self._outputs)
-        return found
+        return self._compiled[1].run if len(self._compiled) > 1 else None
 
     def close(self) -> None:
         """Free the models' memory and threads."""
-        self._alone = self._lanes = None
+        self._compiled.clear()
 
 
 class _Compiled:
     """A compiled model, with a request of its own for each concurrent run."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, outputs: Iterable[str]) -> None:
         self._model = model
+        self._outputs = list(dict.fromkeys(outputs))
         self._idle: list[Any] = []
         self._lock = threading.Lock()
 
-    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] = ()) -> dict[str, NDArray[Any]]:
         with self._lock:
             request = self._idle.pop() if self._idle else self._model.create_infer_request()
         # Inputs are read where they lie; outputs are copies, because the next run overwrites them.
@@ -131,7 +129,7 @@ class _Compiled:
         # A request that raised is not used again.
         with self._lock:
             self._idle.append(request)
-        return {name: results[name] for name in outputs}
+        return {name: results[name] for name in outputs or self._outputs}
 
 
 def _check(model: Any, spec: ModelSpec) -> None:
