@@ -76,11 +76,11 @@ class OpenVinoBackend:
             cores = len(os.sched_getaffinity(0))
             threads = intra_op_threads or cores
 
-            def compiled(streams: int, threads: int, *, bound: bool) -> _Compiled:
+            def compiled(streams: int, each: int, *, bound: bool) -> _Compiled:
                 own = {
                     "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
                     "NUM_STREAMS": streams,
-                    "INFERENCE_NUM_THREADS": min(streams * threads, cores),
+                    "INFERENCE_NUM_THREADS": min(streams * each, cores),
                     "ENABLE_CPU_PINNING": bound,
                 }
                 return _Compiled(core.compile_model(model, "CPU", config | own), spec.outputs.values())
