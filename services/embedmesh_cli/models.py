@@ -169,8 +169,7 @@ def _description(spec: ModelSpec) -> Iterator[tuple[str, str]]:
         yield "made from", f"{spec.variant.of} (least cosine of {spec.variant.samples}: {spec.variant.cosine_min})"
     yield "licence", spec.license
     yield "source", spec.source
-    size = sum(spec.path(file).stat().st_size for file in spec.files)
-    yield "files", f"{len(spec.files)}, {size / 1e6:.1f} MB in {spec.folder}"
+    yield "files", f"{len(spec.files)}, {spec.file_bytes / 1e6:.1f} MB in {spec.folder}"
     for file, digest in spec.files.items():
         yield "", f"{digest[:12]}  {file}"
 

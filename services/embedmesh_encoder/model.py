@@ -699,6 +699,11 @@ class ModelSpec(_Table):
         """Name this model as results do."""
         return pb.ModelRef(name=self.name, revision=self.revision, space=self.space)
 
+    @property
+    def file_bytes(self) -> int:
+        """What its files take on disk."""
+        return sum(self.path(file).stat().st_size for file in self.files)
+
     def path(self, file: str) -> Path:
         """Give the path of one of the model's files."""
         return self.folder / file

@@ -16,14 +16,12 @@ from embedmesh_encoder.model import ModelError, ModelSpec, load_spec
 from embedmesh_encoder.text import TextItem, TextPreparer
 
 TEXTS = ("", "hello world", "a cat sat on the mat", "the quick brown fox " * 20, "naïve café 北京", "word " * 300)
+CORES = len(os.sched_getaffinity(0))
 
 
 @pytest.fixture(scope="session")
 def spec(starter_model: Path) -> ModelSpec:
     return load_spec(starter_model)
-
-
-CORES = len(os.sched_getaffinity(0))
 
 
 def embed(

@@ -63,4 +63,4 @@ def best_lanes(spec: ModelSpec) -> int:
 
 def fits_twice(spec: ModelSpec) -> bool:
     """Whether a second copy of the model is worth its memory."""
-    return sum(spec.path(file).stat().st_size for file in spec.files) <= _TWICE_BYTES
+    return spec.file_bytes <= _TWICE_BYTES
